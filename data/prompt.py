@@ -1,0 +1,137 @@
+"""From an example to what the model reads: chat messages; and to what it should write: a demonstration.
+
+The output formats are `data.example.FORMATS`. MathVista's own hints and finished query can be used instead of ours.
+"""
+
+from typing import Any
+
+from data.example import FORMATS, Example
+
+SYSTEM_STYLES = ("prefix", "role")
+
+# Section 2 of the MathVista prompt: what follows "Hint: Please answer the question " by kind of answer.
+_OFFICIAL_HINTS = {
+    "multi_choice": "and provide the correct option letter, e.g., A, B, C, D, at the end.",
+    "integer": "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end.",
+    "float 1": "requiring a floating-point number with one decimal place and provide the final value, "
+    "e.g., 1.2, 1.3, 1.4, at the end.",
+    "float 2": "requiring a floating-point number with two decimal places and provide the final value, "
+    "e.g., 1.23, 1.34, 1.45, at the end.",
+    "list": "requiring a Python list as an answer and provide the final list, "
+    "e.g., [1, 2, 3], [1.2, 1.3, 1.4], at the end.",
+}
+
+
+def letter(index: int) -> str:
+    """The letter of a choice by its place: A for 0."""
+    return chr(ord("A") + index)
+
+
+def official_hint(example: Example) -> str:
+    """MathVista's hint line for the example's kind of answer; ValueError for a kind that MathVista does not have."""
+    if example.question_type == "multi_choice":
+        kind = "multi_choice"
+    elif example.answer_type == "float":
+        kind = f"float {example.precision}"
+    else:
+        kind = example.answer_type
+    if kind not in _OFFICIAL_HINTS:
+        raise ValueError(
+            f"example {example.id} asks for {kind!r}, which MathVista has no hint for; leave hints off for this data"
+        )
+    return f"Hint: Please answer the question {_OFFICIAL_HINTS[kind]}"
+
+
+def official_query(example: Example) -> str:
+    """MathVista's zero-shot prompt, character for character the `query` column of its published files."""
+    unit = f" (Unit: {example.unit})" if example.unit else ""
+    choices = "".join(f"\n({letter(i)}) {choice}" for i, choice in enumerate(example.choices))
+    choices = f"\nChoices:{choices}" if example.choices else ""
+    return f"{official_hint(example)}\nQuestion: {example.question}{unit}{choices}".strip()
+
+
+def _tags(format: str) -> tuple[str, str]:
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    return FORMATS[format]
+
+
+def instruction(format: str) -> str:
+    """What tells the model to write its answer in `format`; ValueError for an unknown format."""
+    reasoning, answer = _tags(format)
+    return (
+        f"Reason step by step between <{reasoning}> and </{reasoning}>. "
+        f"Then give only the final answer between <{answer}> and </{answer}>."
+    )
+
+
+def _answer_form(example: Example) -> str:
+    """One sentence on what the answer must look like, or nothing where any text may be right."""
+    unit = f" in {example.unit}, without the unit" if example.unit else ""
+    if example.question_type == "multi_choice":
+        return "Answer with the letter of the right choice."
+    if example.answer_type == "integer":
+        return f"Answer with an integer{unit}."
+    if example.answer_type == "float" and example.precision is not None:
+        return (
+            f"Answer with a number{unit}, rounded to {example.precision} decimal place{'s'[: example.precision != 1]}."
+        )
+    if example.answer_type == "float":
+        return f"Answer with a number{unit}."
+    if example.answer_type == "list":
+        return f"Answer with a list{unit}, such as [1, 2, 3]."
+    return f"Answer{unit}." if unit else ""
+
+
+def question_text(example: Example) -> str:
+    """Our own wording of a problem: the question, its choices as "(A) ...", and the form of the answer."""
+    choices = [f"({letter(i)}) {choice}" for i, choice in enumerate(example.choices)]
+    return "\n".join([example.question, *choices, *filter(None, [_answer_form(example)])])
+
+
+def messages(
+    example: Example,
+    format: str | None = "answer",
+    *,
+    system: str = "prefix",
+    hint: bool = False,
+    query: bool = False,
+) -> list[dict[str, Any]]:
+    """The chat messages that ask for `example`, in the tokenizer's shape, with one image part per picture first.
+
+    `format` names the output format whose instruction is given, as the system message (`system="role"`) or in front
+    of the user's text ("prefix", for models without that role); None gives no instruction. In place of our wording,
+    `hint` words the question as MathVista does, hint first, and `query` is the dataset's own finished prompt. Raises
+    ValueError for an unknown format or style, for both `hint` and `query`, and where the dataset has no query.
+    """
+    if system not in SYSTEM_STYLES:
+        raise ValueError(f"system is {system!r}; it must be one of {', '.join(SYSTEM_STYLES)}")
+    if query and hint:
+        raise ValueError("both hint and query were asked for, but a query holds its hint already; choose one")
+    if query and example.query is None:
+        raise ValueError(f"example {example.id} brings no query of its own; leave the query option off for this data")
+    if query:
+        text = example.query
+    else:
+        text = official_query(example) if hint else question_text(example)
+    chat = []
+    if format is not None and system == "role":
+        chat.append({"role": "system", "content": [{"type": "text", "text": instruction(format)}]})
+    elif format is not None:
+        text = f"{instruction(format)}\n\n{text}"
+    pictures = [{"type": "image"} for _ in example.images]
+    return [*chat, {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def demonstration(example: Example, format: str = "answer") -> str:
+    """A completion for supervised training: the reference solution as reasoning, the answer as it is asked for.
+
+    Multiple choice is answered by letter. Raises ValueError where the example has no reference solution.
+    """
+    if example.reference is None:
+        raise ValueError(f"example {example.id} has no reference solution to demonstrate; give its row a reference")
+    answer = example.answer
+    if example.question_type == "multi_choice":
+        answer = letter(example.choices.index(answer))
+    reasoning_tag, answer_tag = _tags(format)
+    return f"<{reasoning_tag}>{example.reference}</{reasoning_tag}>\n<{answer_tag}>{answer}</{answer_tag}>"
