@@ -1,0 +1,15 @@
+"""Gemma 3 in plain `jax.numpy`: text and images, sampling, LoRA, and nothing that knows about training.
+
+Reading order: `config`, `layers`, `attention`, `transformer`, `vision`, `model`, then `mesh`, `lora`, `sample`; `weights`,
+`tokenizer` and `image` connect it to files on disk.
+
+Shapes are written with one alphabet everywhere:
+
+    Q  distinct prompts in a step            G  completions per prompt
+    P  padded prompt length                  C  padded completion length
+    T  query positions (vision: patches)     S  key/value positions
+    D  model width    F  MLP width           V  vocabulary    L  layers
+    N  query heads    K  key/value heads     R  query heads per key/value head, N = K * R    H  head dim
+    E  vision width   I  images, flattened    A  images per prompt    M  soft tokens per image
+    h, w, c  pixel height, width, channels   B  rows of a plain batch
+"""
