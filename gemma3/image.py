@@ -1,0 +1,98 @@
+"""Pictures to the uint8 pixels that the vision tower reads, bit for bit as Hugging Face's Gemma3ImageProcessorPil.
+
+Rests on Pillow, whose resizing is part of what the model was trained with. Scaling to [-1, 1] is done in vision.py, so
+that pictures travel as bytes. The aspect ratio is not kept: a picture is squashed to a square.
+"""
+
+import io
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# A picture of a few kilobytes can declare gigabytes of pixels. Below the 89 megapixels from which Pillow warns.
+MAX_PIXELS = 80_000_000
+
+# Decoders inside Pillow itself; among the others, EPS starts Ghostscript on whatever the file says.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# Pan-and-scan settings of the published processor.
+_MIN_CROP_SIZE = 256
+_MAX_CROPS = 4
+_MIN_RATIO = 1.2
+
+
+def _open(source: Path | str | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+    """Open without decoding: the size is known afterwards, the pixels are not read."""
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+
+
+def _check_size(width: int, height: int) -> None:
+    if not width * height:
+        raise ValueError(f"it is {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it is {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB, what is transparent on white: `convert("RGB")` alone would drop the alpha."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def _resize(image: Image.Image, size: int) -> np.ndarray:
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def load_image(source: Path | str | bytes | Image.Image, size: int | None, name: str = "the picture") -> np.ndarray:
+    """Read one picture as uint8[h, w, 3], RGB on white, squashed to `size` x `size` unless `size` is None.
+
+    `source` is a path, the bytes of a file (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; of an animation the first frame),
+    or a Pillow image. A file is turned upright by its EXIF orientation, as Hugging Face's loaders do; a Pillow image is
+    taken as it stands. 16-bit grey is clipped to 255, as Pillow and so the published processor do.
+
+    Raises ValueError naming the file, or `name` where there is none, if the picture is missing, empty, truncated,
+    corrupt, in another format, or larger than MAX_PIXELS (known from its header, before anything is decoded).
+    """
+    if isinstance(source, Path | str):
+        name = str(source)
+    try:
+        with _open(source) as image:
+            _check_size(*image.size)
+            rgb = _to_rgb(image if image is source else ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} cannot be read: its content is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # a damaged file makes Pillow raise OSError, SyntaxError, struct.error, EOFError, ...
+        raise ValueError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return np.array(rgb) if size is None else _resize(rgb, size)
+
+
+def _num_crops(long: int, short: int) -> int:
+    """How many crops pan-and-scan cuts along the longer side: 0, or 2 to 4."""
+    if long / short < _MIN_RATIO:
+        return 0
+    crops = min(math.floor(long / short + 0.5), long // _MIN_CROP_SIZE)
+    crops = min(max(crops, 2), _MAX_CROPS)
+    return crops if min(math.ceil(long / crops), short) >= _MIN_CROP_SIZE else 0
+
+
+def pan_and_scan(image: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut a long picture along its longer side, so that squashing loses less of it.
+
+    `image` is uint8[h, w, 3] at its own size, as `load_image(source, None)` returns it. The result is the whole picture
+    and then its 0, 2, 3 or 4 crops from left to right or top to bottom, each uint8[size, size, 3]. The prompt needs the
+    number of crops, one less than the length of the list: see Tokenizer.encode_chat.
+    """
+    height, width = image.shape[:2]
+    long = max(height, width)
+    crops = []
+    if count := _num_crops(long, min(height, width)):
+        step = math.ceil(long / count)  # the last crop is the shorter one: nothing is padded
+        crops = np.split(image, range(step, long, step), axis=0 if height > width else 1)
+    return [_resize(Image.fromarray(view), size) for view in [image, *crops]]
