@@ -1,0 +1,61 @@
+"""The small layers of Gemma: RMSNorm, rotary positions, projections with an optional LoRA adapter, the gated MLP.
+
+Norms and rotations are computed in float32 and return the dtype of their input, as Hugging Face's do.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) * (1 + weight) over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Gemma stores the scale minus one, so a weight of zero is the identity.
+    """
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    scale = 1.0 + weight.astype(jnp.float32)
+    return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -> jax.Array:
+    """Rotate each pair (x[i], x[i + H/2]) by the angle position * inverse_frequencies[i] (RoFormer, arXiv 2104.09864).
+
+    The halves are rotated against each other, not neighbouring pairs, as the checkpoints expect.
+
+    x: [..., T, heads, H]; positions: int32[..., T]; inverse_frequencies: float32[H/2]. Returns x's shape and dtype.
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.expand_dims(
+        inverse_frequencies, range(positions.ndim + 1)
+    )  # [..., T, 1, H/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def project(equation: str, x: jax.Array, weight: jax.Array, adapter, scale: float) -> jax.Array:
+    """x · W, plus scale * (x · A) · B where an adapter (A, B) is given (LoRA, arXiv 2106.09685, section 4.1).
+
+    `equation` is that of the plain product, such as "...D,DNH->...NH"; A replaces W's outputs by the rank r, written
+    "r", and B its inputs. The adapter is kept in float32 and used in x's dtype.
+    """
+    y = jnp.einsum(equation, x, weight)
+    if adapter is None:
+        return y
+    inputs, outputs = equation.split("->")
+    x_axes, weight_axes = inputs.split(",")
+    contracted = "".join(axis for axis in weight_axes if axis not in outputs)
+    produced = "".join(axis for axis in weight_axes if axis in outputs)
+    low_rank = jnp.einsum(f"{x_axes},{contracted}r->...r", x, adapter.a.astype(x.dtype))
+    return y + scale * jnp.einsum(f"...r,r{produced}->{outputs}", low_rank, adapter.b.astype(x.dtype))
+
+
+def gated_mlp(x: jax.Array, w, adapters, scale: float) -> jax.Array:
+    """(gelu(x · gate) * (x · up)) · down with the tanh form of gelu (GeGLU, arXiv 2002.05202).
+
+    `w` and `adapters` have fields gate, up: [D, F] and down: [F, D]. With F split over `tensor` the result is this
+    shard's part of a sum.
+    """
+    gate = project("...D,DF->...F", x, w.gate, adapters and adapters.gate, scale)
+    up = project("...D,DF->...F", x, w.up, adapters and adapters.up, scale)
+    return project("...F,FD->...D", jax.nn.gelu(gate, approximate=True) * up, w.down, adapters and adapters.down, scale)
