@@ -1,0 +1,163 @@
+"""LoRA adapters: PEFT directories to `Lora` and back; rests on the names and layouts of `weights`.
+
+Only adapters of the language model's linear layers are read, all layers alike. Whatever else PEFT can store in an
+adapter is refused: left out, it would silently give another model.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from gemma3.config import Config
+from gemma3.lora import TARGETS, Adapter, Lora, LoraBlock, projection_shapes
+from gemma3.tensors import list_tensors, replaced_directory, stored_shape, to_stored, write_json
+from gemma3.weights import NAMES, axis_sizes, check_tensors, common_name, load_tree, tensors_of
+
+_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+_HF_TARGETS = {target: NAMES[f"text.blocks.{target}"][0].split(".")[-2] for target in TARGETS}  # "q": "q_proj"
+
+# Settings of PEFT that change what an adapter computes, or what it was made for; each must be off.
+_MUST_BE_OFF = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "layers_to_transform",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+# Other ways of initialising change the base model's weights as well.
+_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def _adapter_names() -> dict[str, tuple[str, str]]:
+    """Field of a `Lora` to name and layout. A weight stored "out in" has A stored "r in" and B stored "out r"."""
+    names = {}
+    for target in TARGETS:
+        name, layout = NAMES[f"text.blocks.{target}"]
+        outputs, inputs = re.findall(r"\([^)]*\)|\w", layout.split("->")[0])
+        module = name.removesuffix(".weight")
+        names[f"blocks.{target}.a"] = (f"{module}.lora_A.weight", f"r {inputs} -> {inputs.strip('()')} r")
+        names[f"blocks.{target}.b"] = (f"{module}.lora_B.weight", f"{outputs} r -> r {outputs.strip('()')}")
+    return names
+
+
+_NAMES = _adapter_names()
+
+
+def _lora_shapes(config: Config, targets: set[str], r: int, scale: float) -> Lora:
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.num_layers, *shape), jnp.float32)
+
+    axes = projection_shapes(config)
+    pairs = {target: Adapter(array(*axes[target][0], r), array(r, *axes[target][1])) for target in targets}
+    return Lora(LoraBlock(**pairs), scale)
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = settings.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); pass a PEFT adapter's directory") from error
+    if kind != "LORA":
+        raise ValueError(f"{path} describes an adapter of type {kind}; only LORA is supported")
+    for key in _MUST_BE_OFF:
+        if settings.get(key):
+            raise ValueError(f"{path} sets {key} to {settings[key]!r}; only plain LoRA, without it, is supported")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{path} sets bias to {settings['bias']!r}; only 'none' is supported")
+    if settings.get("init_lora_weights") not in _INITIALISATIONS:
+        raise ValueError(
+            f"{path} sets init_lora_weights to {settings['init_lora_weights']!r}, which changes the base model too; "
+            "save it from PEFT as a conventional LoRA first"
+        )
+    for key, numbers in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(settings.get(key), numbers) or settings[key] <= 0:
+            raise ValueError(f"{path} gives {key} as {settings.get(key)!r}; a number above 0 is needed")
+    return settings
+
+
+def load_adapter(directory: str | Path, config: Config, mesh: Mesh | None = None) -> Lora:
+    """Read a PEFT LoRA adapter of this model's language layers, float32, split over `mesh` or on the first device.
+
+    The rank, the scale and which projections are adapted are the file's own. ValueError, in a sentence, for a feature
+    of PEFT beyond plain LoRA, for an adapter of the vision tower, and for tensors missing, left over or misshapen.
+    """
+    directory = Path(directory)
+    settings = _read_settings(directory / "adapter_config.json")
+    found = {common_name(t.name.removeprefix(_PREFIX)): t for t in list_tensors(directory / _WEIGHTS)}
+    if vision := [tensor.name for name, tensor in found.items() if name.startswith(("vision_tower", "multi_modal"))]:
+        raise ValueError(f"{directory} adapts {vision[0]}; only adapters of the language model are supported")
+    declared = settings.get("target_modules")
+    targets = {target for target, module in _HF_TARGETS.items() if any(f".{module}." in name for name in found)}
+    if isinstance(declared, list):  # not a regular expression, in which the names need not be written out
+        targets |= {target for target, module in _HF_TARGETS.items() if module in {m.split(".")[-1] for m in declared}}
+    if not targets:
+        raise ValueError(
+            f"{directory} adapts no layer of the language model; one of {', '.join(_HF_TARGETS.values())} is needed"
+        )
+    r = settings["r"]
+    scale = settings["lora_alpha"] / (r**0.5 if settings.get("use_rslora") else r)
+    shapes, sizes = _lora_shapes(config, targets, r, scale), axis_sizes(config) | {"r": r}
+    expected = {name: stored_shape(layout, sizes) for name, layout, _ in tensors_of(shapes, _NAMES)}
+    check_tensors(found, expected, directory / _WEIGHTS)
+    return load_tree(shapes, _NAMES, found, config, sizes, mesh)
+
+
+def save_adapter(
+    directory: str | Path, config: Config, lora: Lora, base_model_name: str, *, rslora: bool = False
+) -> None:
+    """Write a PEFT adapter directory; `PeftModel.from_pretrained` and vLLM read it.
+
+    The file states alpha, not the scale: scale * r, or scale * sqrt(r) with `rslora`. The directory appears, or
+    replaces an earlier adapter, once everything is written. ValueError if it holds something else.
+    """
+    pairs = {target: pair for target, pair in lora.blocks._asdict().items() if pair is not None}
+    r = next(iter(pairs.values())).b.shape[1]
+    alpha = round(lora.scale * (r**0.5 if rslora else r), 9)
+    modules = [_HF_TARGETS[target] for target in pairs]
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "use_rslora": rslora,
+        # As a list the names would match the vision tower's q_proj, k_proj and v_proj too.
+        "target_modules": rf".*language_model.*\.({'|'.join(modules)})" if config.vision else modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    root = _PREFIX + ("model.language_model." if config.vision else "model.")
+    sizes = axis_sizes(config) | {"r": r}
+    with replaced_directory(directory, "adapter_config.json") as new:
+        tensors = {}
+        for name, layout, get in tensors_of(lora, _NAMES):
+            tensors[root + name.removeprefix("model.")] = to_stored(np.asarray(get(), np.float32), layout, sizes)
+        save_file(tensors, new / _WEIGHTS, metadata={"format": "pt"})
+        write_json(new / "adapter_config.json", settings)
