@@ -1,7 +1,7 @@
 """Gemma 3 in plain `jax.numpy`: text and images, sampling, LoRA, and nothing that knows about training.
 
-Reading order: `config`, `layers`, `attention`, `transformer`, `vision`, `model`, then `mesh`, `lora`, `sample`; `weights`,
-`tokenizer` and `image` connect it to files on disk.
+Reading order: `config`, `layers`, `attention`, `transformer`, `vision`, `model`, then `mesh`, `lora`, `sample`. Files
+on disk are the business of `weights`, `adapter`, `tokenizer` and `image`, and of the small modules these rest on.
 
 Shapes are written with one alphabet everywhere:
 
@@ -13,3 +13,10 @@ Shapes are written with one alphabet everywhere:
     E  vision width   I  images, flattened    A  images per prompt    M  soft tokens per image
     h, w, c  pixel height, width, channels   B  rows of a plain batch
 """
+
+from gemma3.image import load_image
+from gemma3.model import forward
+from gemma3.tokenizer import Tokenizer
+from gemma3.weights import load_checkpoint, save_checkpoint
+
+__all__ = ["Tokenizer", "forward", "load_checkpoint", "load_image", "save_checkpoint"]

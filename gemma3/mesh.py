@@ -5,6 +5,7 @@ splits heads, MLP width and vocabulary (Megatron). All model code runs inside on
 laptop's being 1,1; a collective stands in the code where communication happens, under one of the names below.
 """
 
+import os
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 DATA, TENSOR = "data", "tensor"
@@ -54,6 +55,11 @@ for _name in ("q", "k", "v", "o", "gate", "up", "down"):
     _inputs = 2 if _name == "o" else 1
     PARTITION[_name + ".a"] = P(_stack, *_axes[:_inputs], None)
     PARTITION[_name + ".b"] = P(_stack, None, *_axes[_inputs:])
+
+
+def simulate_devices(count: int) -> None:
+    """Make the CPU look like `count` devices; to be called before jax touches any."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
 def make_mesh(data: int, tensor: int) -> Mesh:
@@ -133,6 +139,22 @@ def partition_specs(params, config, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
+def shardings(params, config, mesh: Mesh):
+    """`partition_specs` as shardings, for placing arrays.
+
+    An axis of size 1 splits nothing and is left out: XLA does not keep it, so that the output of one step would not
+    look like its input, and the next step would be compiled again.
+    """
+
+    def sharding(spec: P) -> NamedSharding:
+        axes = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec]
+        while axes and axes[-1] is None:
+            axes.pop()
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(sharding, partition_specs(params, config, mesh))
+
+
 def gather_over_data(params, *, layer: bool = False):
     """Join the parts of each weight that are stored over `data`; the gradient is the reverse, a reduce-scatter.
 
@@ -172,6 +194,10 @@ def sum_over_later_shards(x: jax.Array) -> jax.Array:
 
 def sum_over_data(x):
     return lax.psum(x, DATA)
+
+
+def max_over_data(x):
+    return lax.pmax(x, DATA)
 
 
 def num_tensor_shards() -> int:

@@ -268,7 +268,8 @@ def pack_images(
 ) -> np.ndarray | None:
     """Each row's pictures as uint8[Q, A, h, w, 3], rows with fewer than A filled with black; None where there are none.
 
-    A is the most that a row has, or `at_least`. ValueError where a row's pictures and its image tokens, M for each picture, do not agree, or a size is wrong.
+    A is the most that a row has, or `at_least`. ValueError where a row's pictures and its image tokens, M for each
+    picture, do not agree, or a size is wrong.
     """
     if config.vision is None:
         if any(len(row) for row in images):

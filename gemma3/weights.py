@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from gemma3.config import Config
 from gemma3.config_json import config_to_dict, read_config
 from gemma3.hub import resolve
-from gemma3.mesh import partition_specs
+from gemma3.mesh import shardings
 from gemma3.model import Params, param_shapes
 from gemma3.tensors import (
     Stored,
@@ -149,12 +149,10 @@ def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]]
 
 def load_tree(shapes, names: dict[str, tuple[str, str]], found: dict[str, Stored], config: Config, sizes, mesh):
     """Read every leaf of `shapes` (`jax.ShapeDtypeStruct`s) into its place on the mesh, or on one device."""
-    if mesh is None:
-        specs, sharding = shapes, lambda spec: SingleDeviceSharding(jax.devices()[0])
-    else:
-        specs, sharding = partition_specs(shapes, config, mesh), lambda spec: NamedSharding(mesh, spec)
+    first = SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda _: first, shapes) if mesh is None else shardings(shapes, config, mesh)
 
-    def leaf(path, shape: jax.ShapeDtypeStruct, spec) -> jax.Array:
+    def leaf(path, shape: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
         name, layout = names[field_path(path)]
 
         def fill(out: np.ndarray, ranges: list[range]) -> None:
@@ -164,9 +162,9 @@ def load_tree(shapes, names: dict[str, tuple[str, str]], found: dict[str, Stored
             for row, layer in zip(out, ranges[0], strict=True):
                 read_into(row, found[name.format(layer)], layout, sizes, ranges[1:])
 
-        return place(shape, sharding(spec), fill)
+        return place(shape, sharding, fill)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes, specs)
+    return jax.tree_util.tree_map_with_path(leaf, shapes, where)
 
 
 def tensors_of(tree, names: dict[str, tuple[str, str]]) -> Iterator[tuple[str, str, Callable[[], jax.Array]]]:

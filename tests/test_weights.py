@@ -23,7 +23,7 @@ from tiny_models import (
 )
 
 from gemma3.config import CONFIGS, NANO
-from gemma3.mesh import make_mesh, partition_specs
+from gemma3.mesh import make_mesh, shardings
 from gemma3.model import forward, param_shapes
 from gemma3.weights import NAMES, common_name, field_path, load_checkpoint, save_checkpoint
 
@@ -240,9 +240,9 @@ def test_on_a_mesh_the_values_are_the_same_and_split_as_the_mesh_says(data, tens
     _, split = load_checkpoint(multimodal[0], mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, split, whole)
     jax.tree.map(
-        lambda x, spec: x.sharding == jax.NamedSharding(mesh, spec) or pytest.fail(f"{x.sharding} is not {spec}"),
+        lambda x, sharding: x.sharding == sharding or pytest.fail(f"{x.sharding} is not {sharding}"),
         split,
-        partition_specs(whole, config, mesh),
+        shardings(whole, config, mesh),
     )
 
 
