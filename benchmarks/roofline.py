@@ -1,0 +1,160 @@
+"""Bytes that a decode step moves on a TPU over the least it could move, counted by the TPU's own compiler.
+
+    pip install libtpu && python -m benchmarks.roofline      # no TPU is needed: nothing runs
+
+Decoding is bound by memory: a step can be no faster than reading the weights once, each prompt's keys and values once
+for its whole group, and each row's own. The compiler counts what its program for `gemma3.sample.step` reads and writes,
+weights already joined over `data`. It is told not to stage arrays in on-chip memory, because it counts that memory's
+traffic too: a staged weight would count three times, its read, its copy and the read of that. What a staged array costs
+when it is written back is thus not in the figure. The body of a scan would count once, but the step's loop over layers
+is Python's.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu would look for a TPU
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import argparse
+import math
+import time
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from gemma3.attention import KeyValues
+from gemma3.config import CONFIGS, Config
+from gemma3.mesh import DATA, TENSOR, partition_specs, topology_mesh
+from gemma3.model import param_shapes
+from gemma3.sample import Fixed, Loop, PromptCache, Sampling, cache_slots, step
+
+ROWS = P(DATA)
+
+
+class Setting(NamedTuple):
+    """What is decoded, and where."""
+
+    prompts: int = 8  # Q
+    group: int = 8  # G
+    prompt_length: int = 512  # P
+    length: int = 512  # C, all of it held in the cache
+    topology: str = "v5e:2x4"
+    mesh: tuple[int, int] = (2, 4)
+
+
+class Count(NamedTuple):
+    """Bytes a chip moves in one step."""
+
+    weights: int  # the least
+    prompt_cache: int
+    own_cache: int
+    moved: float  # what the compiled step moves
+    compile_seconds: float
+
+    @property
+    def least(self) -> int:
+        return self.weights + self.prompt_cache + self.own_cache
+
+
+def _without_data(spec: P) -> P:
+    return P(*(None if axis == DATA else axis for axis in spec))
+
+
+def _inputs(config: Config, setting: Setting, mesh) -> tuple[tuple, tuple]:
+    """The arguments of a step as shapes, and how they are split: weights, `Fixed` without them, `Loop`."""
+    q, g, c = setting.prompts, setting.group, setting.length
+    tensor = mesh.shape[TENSOR]
+    heads = max(config.num_kv_heads, tensor)  # a head that several shards need is held by each
+    array = jax.ShapeDtypeStruct
+
+    text = param_shapes(config, jnp.bfloat16).text
+    specs = jax.tree.map(_without_data, partition_specs(text, config, mesh))
+    by_head = array((text.blocks.k.shape[1], heads, config.head_dim), jnp.bfloat16)
+    layer = jax.tree.map(lambda x: array(x.shape[1:], x.dtype), text.blocks)._replace(k=by_head, v=by_head)
+    layer_spec = jax.tree.map(lambda spec: P(*spec[1:]), specs.blocks)
+    layer_spec = layer_spec._replace(k=P(None, TENSOR), v=P(None, TENSOR))
+    weights = (text.embedding, text.final_norm, [layer] * config.num_layers)
+    weight_specs = (specs.embedding, specs.final_norm, [layer_spec] * config.num_layers)
+
+    def caches(*rows: int, length: int) -> list[KeyValues]:
+        shapes = [(*rows, slots, heads, config.head_dim) for slots in cache_slots(config, length)]
+        return [KeyValues(*(array(shape, jnp.bfloat16) for _ in "kv")) for shape in shapes]
+
+    def cache_specs(*axes) -> list[KeyValues]:
+        return [KeyValues(P(*axes, TENSOR), P(*axes, TENSOR))] * config.num_layers
+
+    whole, per_row = array((q, g), jnp.int32), array((q, g, c), jnp.int32)
+    fixed = (
+        [PromptCache(kv, array((q,), jnp.int32)) for kv in caches(q, length=setting.prompt_length)],
+        array((q,), jnp.int32),
+        array((q, g), jax.random.key(0).dtype),
+        array((config.vocab_size,), jnp.bool_),
+    )
+    fixed_specs = ([PromptCache(kv, ROWS) for kv in cache_specs(DATA, None)], ROWS, ROWS, P(TENSOR))
+    loop = Loop(
+        place=array((), jnp.int32),
+        token=whole,
+        done=array((q, g), jnp.bool_),
+        ids=per_row,
+        mask=array((q, g, c), jnp.bool_),
+        logps=array((q, g, c), jnp.float32),
+        caches=caches(q, g, length=c),
+    )
+    loop_specs = Loop(P(), ROWS, ROWS, ROWS, ROWS, ROWS, cache_specs(DATA, None, None))
+    return (weights, fixed, loop), (weight_specs, fixed_specs, loop_specs)
+
+
+def _one_step(weights, fixed, loop: Loop, *, config: Config) -> Loop:
+    embedding, final_norm, layers = weights
+    readers = [lambda x, layer=layer: (layer, None) for layer in layers]
+    return step(loop, Fixed(embedding, final_norm, readers, *fixed), config=config, sampling=Sampling(), lora_scale=0.0)
+
+
+def count(config: Config, setting: Setting) -> Count:
+    """Compile one step of the sampler and count its bytes."""
+    mesh = topology_mesh(setting.topology, *setting.mesh)
+    shapes, specs = _inputs(config, setting, mesh)
+    body = jax.shard_map(partial(_one_step, config=config), mesh=mesh, in_specs=specs, out_specs=specs[2])
+    split = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    weights, fixed, loop = jax.tree.map(split, shapes, specs)
+
+    def bytes_of(tree) -> int:
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    lowered = jax.jit(body, donate_argnums=2).lower(weights, fixed, loop)
+    start = time.perf_counter()
+    compiled = lowered.compile(compiler_options={"xla_msa_enable": False})
+    seconds = time.perf_counter() - start
+    return Count(
+        weights=bytes_of(weights),
+        prompt_cache=bytes_of([prompt.kv for prompt in fixed[0]]),
+        own_cache=bytes_of(loop.caches),
+        moved=compiled.cost_analysis()["bytes accessed"],
+        compile_seconds=seconds,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["gemma-3-4b-it", "gemma-3-1b-it"], help="published names")
+    setting = Setting()
+    q, g, p, c, topology, (data, tensor) = setting
+    title = f"One decode step, Q={q}, G={g}, P={p}, own cache {c}, mesh {data},{tensor} on {topology}: GB a chip"
+    table = Table(title=title)
+    for column in ("model", "weights", "prompts' cache", "own cache", "least", "moved", "moved / least", "compile, s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in parser.parse_args().models:
+        row = count(CONFIGS[name], setting)
+        figures = [f"{x / 1e9:.3f}" for x in (row.weights, row.prompt_cache, row.own_cache, row.least, row.moved)]
+        table.add_row(name, *figures, f"{row.moved / row.least:.3f}", f"{row.compile_seconds:.0f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What is split how, the collectives against numpy, and what is refused, in the words a user reads."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gemma3.config import CONFIGS, NANO
+from gemma3.lora import LoraConfig, init_lora
+from gemma3.mesh import (
+    DATA,
+    PARTITION,
+    TENSOR,
+    check_mesh,
+    gather_over_data,
+    make_mesh,
+    max_over_tensor,
+    min_over_tensor,
+    own_kv_heads,
+    partition_specs,
+    sum_over_data,
+    sum_over_later_shards,
+    sum_over_tensor,
+    tensor_shard,
+)
+from gemma3.model import init_params, param_shapes
+
+
+@pytest.mark.parametrize("name", ["gemma-3-1b-it", "gemma-3-4b-it", "gemma-3-12b-pt", "gemma-3-27b-it", "gemma-2-9b"])
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (4, 2)])
+def test_published_models_split_evenly(name, shape):
+    """Every axis divides, and a device stores an eighth of the language model: of k and v more where K < tensor."""
+    config, (data, tensor), mesh = CONFIGS[name], shape, make_mesh(*shape)
+    check_mesh(config, mesh)
+    params = param_shapes(config)
+    specs = partition_specs(params, config, mesh)
+
+    def share(x, spec: P) -> int:
+        parts = [mesh.shape[axis] if axis else 1 for axis in spec]
+        assert all(size % n == 0 for size, n in zip(x.shape, parts, strict=False)), (x.shape, spec)
+        return x.size // int(np.prod(parts))
+
+    stored = sum(jax.tree.leaves(jax.tree.map(share, params, specs).text))
+    total = sum(x.size for x in jax.tree.leaves(params.text))
+    kv = params.text.blocks.k.size + params.text.blocks.v.size
+    kv_stored = kv / data / (tensor if config.num_kv_heads >= tensor else 1)
+    assert stored == pytest.approx((total - kv) / 8 + kv_stored, rel=0.002)  # norms are whole on every device
+
+
+def test_key_value_heads_are_whole_where_there_are_fewer_than_shards():
+    params = param_shapes(NANO)
+    for shape, split in (((2, 1), TENSOR), ((2, 4), None)):
+        blocks = partition_specs(params, NANO, make_mesh(*shape)).text.blocks
+        assert blocks.k == blocks.v == P(None, DATA, split, None)
+        assert blocks.q == P(None, DATA, TENSOR, None)
+
+
+def test_an_adapter_is_split_as_its_layer():
+    """A has the weight's input axes and B its output axes, as their shapes show."""
+    config = replace(NANO, num_kv_heads=4)
+    lora = jax.eval_shape(partial(init_lora, config=config, lora=LoraConfig(r=3)), jax.random.key(0))
+    params, mesh = param_shapes(config), make_mesh(2, 4)
+    weights, specs = partition_specs(params, config, mesh).text.blocks, partition_specs(lora, config, mesh).blocks
+    for name, pair in specs._asdict().items():
+        joined = (*pair.a[:-1], *pair.b[2:])  # without the rank, and B's second L
+        assert joined == tuple(getattr(weights, name)), name
+        assert (pair.a[-1], pair.b[1]) == (None, None)
+        arrays = getattr(lora.blocks, name)
+        assert len(arrays.a.shape) == len(pair.a) and len(arrays.b.shape) == len(pair.b)
+
+
+def test_gathering_joins_what_is_stored_in_parts():
+    """Under mesh 4,2 each shard sees a quarter of an axis, and after the gather all of it; a single layer likewise."""
+    config, mesh = NANO, make_mesh(4, 2)
+    params = init_params(jax.random.key(0), config)
+    specs = partition_specs(params, config, mesh)
+    joined_specs = jax.tree.map(lambda spec: P(*(None if axis == DATA else axis for axis in spec)), specs)
+    gather = jax.shard_map(gather_over_data, mesh=mesh, in_specs=(specs,), out_specs=joined_specs, check_vma=False)
+    for ours, stored in zip(jax.tree.leaves(jax.jit(gather)(params)), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, stored)
+
+    def layer_shapes(blocks):
+        joined = gather_over_data(jax.tree.map(lambda x: x[0], blocks), layer=True)
+        assert joined.q.shape == (64, 2, 16) and joined.down.shape == (128, 64) and joined.q_norm.shape == (16,)
+        return joined.q
+
+    blocks, block_specs = params.text.blocks, specs.text.blocks
+    first = jax.shard_map(
+        layer_shapes, mesh=mesh, in_specs=(block_specs,), out_specs=P(None, TENSOR, None), check_vma=False
+    )
+    np.testing.assert_array_equal(jax.jit(first)(blocks), blocks.q[0])
+
+
+def over_mesh(function, data: int, tensor: int, x, in_specs: P, out_specs: P) -> np.ndarray:
+    mesh = make_mesh(data, tensor)
+    return np.asarray(jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))(x))
+
+
+def test_collectives_over_the_named_axis():
+    """Over 2 by 4 shards of one number each."""
+    x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    per_row = partial(over_mesh, data=2, tensor=4, x=x, in_specs=P(DATA, TENSOR), out_specs=P(DATA, None))
+    np.testing.assert_allclose(per_row(sum_over_tensor), x.sum(1, keepdims=True), rtol=1e-6)
+    np.testing.assert_array_equal(per_row(max_over_tensor), x.max(1, keepdims=True))
+    np.testing.assert_array_equal(per_row(min_over_tensor), x.min(1, keepdims=True))
+    over_rows = over_mesh(sum_over_data, 2, 4, x, P(DATA, TENSOR), P(None, TENSOR))
+    np.testing.assert_allclose(over_rows, x.sum(0, keepdims=True), rtol=1e-6)
+    later = over_mesh(sum_over_later_shards, 2, 4, x, P(DATA, TENSOR), P(DATA, TENSOR))
+    np.testing.assert_allclose(later, np.cumsum(x[:, ::-1], axis=1)[:, ::-1] - x, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_each_shard_gets_the_key_value_head_of_its_query_heads(kv_heads):
+    """Eight query heads over four shards, two each: query head n uses key/value head n // (8 / K)."""
+    weight = np.arange(kv_heads, dtype=np.float32)[None].repeat(3, axis=0)  # [D, K], each head its own number
+    spec = P(None, TENSOR) if kv_heads >= 4 else P(None, None)
+
+    def own(weight):
+        heads = own_kv_heads(weight, kv_heads, axis=1)
+        return heads + 0 * tensor_shard()  # differs between shards, whatever the input's split
+
+    ours = over_mesh(own, 1, 4, weight, spec, P(None, TENSOR))
+    needed = np.arange(8).reshape(4, 2) // (8 // kv_heads)  # [shards, query heads of each]
+    for shard, heads in enumerate(np.split(ours[0], 4)):
+        np.testing.assert_array_equal(heads, np.unique(needed[shard]))
+
+
+def refusal(call) -> str:
+    with pytest.raises(ValueError) as error:
+        call()
+    return str(error.value)
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused():
+    message = "--mesh 3,4 needs 12 devices and there are 8; --virtual-devices 12 simulates them on a CPU"
+    assert refusal(lambda: make_mesh(3, 4)) == message
+    assert refusal(lambda: make_mesh(0, 4)) == "--mesh 0,4: both numbers must be at least 1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "message"),
+    [
+        ({}, (1, 8), "cannot split the query heads, 4, into 8 parts; choose a tensor axis that divides 4"),
+        ({"intermediate_size": 258}, (2, 4), "cannot split the MLP width, 258, into 4 parts; choose a tensor axis"),
+        ({"vocab_size": 446}, (2, 4), "cannot split the vocabulary, 446, into 4 parts; choose a tensor axis"),
+        ({"hidden_size": 63}, (2, 2), "cannot split the model width, 63, into 2 parts; choose a data axis"),
+        ({"vision": replace(NANO.vision, hidden_size=68)}, (8, 1), "cannot split the vision width, 68, into 8 parts"),
+        ({"num_heads": 12, "num_kv_heads": 3}, (1, 4), "cannot share 3 key/value heads over 4 parts"),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused_with_the_numbers(changes, shape, message):
+    mesh = make_mesh(*shape)
+    assert f"--mesh {shape[0]},{shape[1]} {message}" in refusal(lambda: check_mesh(replace(NANO, **changes), mesh))
+
+
+def test_prompts_that_do_not_divide_are_refused():
+    mesh = make_mesh(4, 2)
+    check_mesh(NANO, mesh, prompts=8)
+    message = "--mesh 4,2 cannot split the prompts, 6, into 4 parts; choose a data axis that divides 6"
+    assert refusal(lambda: check_mesh(NANO, mesh, prompts=6)) == message
+
+
+def test_the_table_names_every_array_that_is_not_small():
+    """A parameter missing from the table would silently be held whole by every device."""
+    paths = jax.tree_util.tree_flatten_with_path(param_shapes(NANO, jnp.bfloat16))[0]
+    for path, x in paths:
+        name = path[-1].name
+        small = "norm" in name or "bias" in name
+        assert (name in PARTITION and any(PARTITION[name])) != small, (name, x.shape)
