@@ -15,9 +15,10 @@ from data.files import find
 
 # Names that need no file: what they stand for is downloaded.
 NAMES = {"mathvista": "mathvista", mathvista.REPOSITORY: "mathvista", "gsm8k": "gsm8k", gsm8k.REPOSITORY: "gsm8k"}
+# What --data may be; "synthetic" is no file and has no rows to read, so train.py and eval.py draw it themselves.
 KNOWN = (
-    f"the names {', '.join(NAMES)}; a folder or parquet file of MathVista or GSM8K; MathVista's testmini.json; "
-    "or a .jsonl file with question and answer in each row"
+    f"synthetic, the embedded task; the names {', '.join(NAMES)}; a folder or parquet file of MathVista or GSM8K; "
+    "MathVista's testmini.json; or a .jsonl file with question and answer in each row"
 )
 
 

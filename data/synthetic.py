@@ -1,15 +1,16 @@
 """The embedded default task: count coloured dots in small pictures, and one-step word problems, drawn from a seed.
 
 Rests on Pillow. Two in three examples are a picture of a red and b blue dots with one of four questions; the third is
-text. Held out means unseen: about a fifth of the number pairs of each kind of question are asked about in "test" only.
+text. Held out means unseen: about a quarter of the number pairs of each kind of question come up in "test" only.
 
 The hasty teacher is biased on purpose. It writes the right format and mostly sound steps, but it undercounts crowded
-groups of dots, and slips by one where numbers are large. A model taught by it starts out with the format and with that
-bias, and what the reward, which goes by the true `answer`, then corrects can be seen.
+groups of dots, and stops one step early where it counts far. A model taught by it starts out with the format and with
+that bias, and what the reward, which goes by the true `answer`, then corrects can be seen.
 """
 
 import hashlib
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -33,37 +34,41 @@ OBJECTS = ("apple", "book", "coin", "pen")
 
 # The probability that the hasty teacher sees n-1 dots where there are n, by n: from 4 dots on it is mostly wrong.
 _UNDERCOUNT = (0.0, 0.05, 0.15, 0.35, 0.55, 0.65)
-_SLIP = 0.6  # the probability that it slips in a sum of 8 or more, or in a difference of 3 or more
+_SLIP = 0.6  # the probability that it stops one step early where it counts on, or back, by 3 or more
 
 
 class _Kind(NamedTuple):
     """A kind of question about two numbers a and b."""
 
-    limit: int  # a and b are 0 .. limit
+    limits: tuple[int, int]  # of a and b, both from 0
     ordered: bool  # a >= b, so that the difference is no negative number
     salt: int  # of the hash that holds pairs out
     answer: Callable[[int, int], int]
     question: str  # its text, or a template of it
 
 
-# The salts were searched for, so that of each kind 1/5 to 1/4 of the pairs are held out, every answer is on both sides
+# The salts were searched for, so that of each kind 22% to 27% of the pairs are held out, every answer is on both sides
 # of the split (in training, where only one pair gives it, such as ten dots in total), and none is the answer of more
 # than a quarter of the pairs held out, which bounds what a constant guess scores.
 _PICTURES = {
-    "red": _Kind(5, False, 19, lambda a, b: a, "How many red dots are there?"),
-    "blue": _Kind(5, False, 6, lambda a, b: b, "How many blue dots are there?"),
-    "total": _Kind(5, False, 5067, lambda a, b: a + b, "How many dots are there in total?"),
-    "more": _Kind(5, True, 155, lambda a, b: a - b, "How many more red dots than blue dots?"),
+    "red": _Kind((5, 5), False, 19, lambda a, b: a, "How many red dots are there?"),
+    "blue": _Kind((5, 5), False, 6, lambda a, b: b, "How many blue dots are there?"),
+    "total": _Kind((5, 5), False, 5067, lambda a, b: a + b, "How many dots are there in total?"),
+    "more": _Kind((5, 5), True, 155, lambda a, b: a - b, "How many more red dots than blue dots?"),
 }
 _STORIES = {
-    "gets": _Kind(9, False, 16044, lambda a, b: a + b, "{name} has {objects} and gets {b} more. How many {noun}s now?"),
-    "gives": _Kind(9, True, 118, lambda a, b: a - b, "{name} has {objects} and gives away {b}. How many {noun}s now?"),
+    "gets": _Kind(
+        (9, 5), False, 347054, lambda a, b: a + b, "{name} has {objects} and gets {b} more. How many {noun}s now?"
+    ),
+    "gives": _Kind(
+        (9, 5), True, 67868, lambda a, b: a - b, "{name} has {objects} and gives away {b}. How many {noun}s now?"
+    ),
 }
 _KINDS = _PICTURES | _STORIES
 
 
 def is_held_out(kind: str, a: int, b: int) -> bool:
-    """Whether this question about these numbers is asked in "test" only: about one pair in five, by a fixed hash."""
+    """Whether this question about these numbers is asked in "test" only: about one pair in four, by a fixed hash."""
     digest = hashlib.sha256(f"{kind} {a} {b} {_KINDS[kind].salt}".encode()).digest()
     return digest[0] % 5 == 0
 
@@ -71,8 +76,9 @@ def is_held_out(kind: str, a: int, b: int) -> bool:
 @cache
 def pairs(kind: str, split: str) -> tuple[tuple[int, int], ...]:
     """Every (a, b) that a kind of question ("red", "blue", "total", "more", "gets", "gives") is asked about."""
-    numbers = range(_KINDS[kind].limit + 1)
-    both = [(a, b) for a in numbers for b in numbers if a >= b or not _KINDS[kind].ordered]
+    up_to_a, up_to_b = _KINDS[kind].limits
+    numbers = itertools.product(range(up_to_a + 1), range(up_to_b + 1))
+    both = [(a, b) for a, b in numbers if a >= b or not _KINDS[kind].ordered]
     return tuple((a, b) for a, b in both if is_held_out(kind, a, b) == (split == "test"))
 
 
@@ -92,25 +98,27 @@ def draw(a: int, b: int, rng: Random) -> bytes:
 
 
 def _reasoning(kind: str, a: int, b: int, answer: int) -> str:
-    """The steps in the teacher's short hand, such as "3 red, 2 blue. 3+2=5"."""
+    """What the teacher thinks aloud: it counts on, or back, until nothing is left, "3 red, 2 blue. 3+2=4+1=5+0".
+
+    Small steps, each like many others, are what lets a model answer for numbers that it never saw together; a table of
+    sums it would have to memorise.
+    """
     if kind in ("red", "blue"):
         return f"{answer} {kind}."
-    sign = "+" if kind in ("total", "gets") else "-"
     seen = f"{a} red, {b} blue. " if kind in _PICTURES else ""
-    return f"{seen}{a}{sign}{b}={answer}"
+    sign, step = ("+", 1) if kind in ("total", "gets") else ("-", -1)
+    counted = range(a, answer + step, step)
+    return seen + "=".join(f"{number}{sign}{b - abs(number - a)}" for number in counted)
 
 
 def _hasty(kind: str, a: int, b: int, rng: Random) -> tuple[int, int, int]:
-    """The a, b and answer that the hasty teacher writes down: it counts dots badly, and calculates badly in text."""
+    """The a, b and answer that the hasty teacher writes down: it counts dots badly, and far in text."""
     if kind in _PICTURES:
         a, b = (count - (rng.random() < _UNDERCOUNT[count]) for count in (a, b))
         return a, b, _KINDS[kind].answer(a, b)
     answer = _KINDS[kind].answer(a, b)
-    slips = rng.random() < _SLIP
-    if kind == "gets" and answer >= 8:
-        answer -= slips
-    elif kind == "gives" and answer >= 3:
-        answer += slips
+    if rng.random() < _SLIP and b >= 3:
+        answer += -1 if kind == "gets" else 1
     return a, b, answer
 
 

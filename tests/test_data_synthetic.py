@@ -24,6 +24,8 @@ ANSWER = {
     "gives": lambda a, b: a - b,
 }
 
+SIGN = {"total": "+", "more": "-", "gets": "+", "gives": "-"}
+
 
 @pytest.fixture(scope="module")
 def train():
@@ -43,6 +45,19 @@ def said(completion: str) -> tuple[str, int]:
     """The reasoning and the answer of a completion, which is nothing but these two in their tags."""
     match = re.fullmatch(r"<reasoning>([^<>]+)</reasoning>\s*<answer>(-?\d+)</answer>", completion)
     return match[1], int(match[2])
+
+
+def counted(reasoning: str) -> tuple[str, str]:
+    """The first and the last term of the counting at the end of a reasoning: "3+2" and "5+0" of "3+2=4+1=5+0".
+
+    Each term must be worth as much as the one before, and have one step less to go.
+    """
+    terms = reasoning.split()[-1].split("=")
+    parts = [re.fullmatch(r"(-?\d+)([+-])(\d+)", term).groups() for term in terms]
+    to_go = [int(rest) for _, _, rest in parts]
+    assert to_go == list(range(to_go[0], to_go[-1] - 1, -1))
+    assert len({int(number) + int(sign + rest) for number, sign, rest in parts}) == 1
+    return terms[0], terms[-1]
 
 
 def several_dots(examples) -> set[bytes]:
@@ -77,21 +92,22 @@ def test_no_combination_is_in_both_splits(train, test):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_about_a_fifth_of_the_pairs_is_held_out(kind):
-    """Every pair is on one side, 1/5 to 1/4 of them in test; which ones is fixed, or shipped weights have seen them."""
+def test_about_a_quarter_of_the_pairs_is_held_out(kind):
+    """Every pair is on one side, 22% to 27% of them in test; which ones is fixed, or shipped weights have seen them."""
     both = pairs(kind, "train") + pairs(kind, "test")
-    limit = 6 if kind in PICTURE_KINDS else 10
+    up_to_a, up_to_b = (5, 5) if kind in PICTURE_KINDS else (9, 5)
     ordered = kind in ("more", "gives")
-    assert sorted(both) == [(a, b) for a in range(limit) for b in range(limit) if a >= b or not ordered]
-    assert 0.2 <= len(pairs(kind, "test")) / len(both) <= 0.25
+    assert sorted(both) == [(a, b) for a in range(up_to_a + 1) for b in range(up_to_b + 1) if a >= b or not ordered]
+    sizes = {"red": (8, 36), "blue": (8, 36), "total": (9, 36), "more": (5, 21), "gets": (15, 60), "gives": (12, 45)}
+    assert (len(pairs(kind, "test")), len(both)) == sizes[kind]
     assert all(is_held_out(kind, a, b) for a, b in pairs(kind, "test"))
     first_held_out = {
         "red": ((0, 0), (1, 2), (2, 4)),
         "blue": ((0, 5), (1, 1), (2, 1)),
         "total": ((0, 2), (1, 0), (1, 2)),
         "more": ((2, 1), (3, 0), (3, 3)),
-        "gets": ((0, 1), (0, 3), (0, 8)),
-        "gives": ((1, 0), (4, 3), (5, 1)),
+        "gets": ((0, 1), (0, 3), (1, 1)),
+        "gives": ((1, 0), (2, 2), (3, 1)),
     }
     assert pairs(kind, "test")[:3] == first_held_out[kind]
 
@@ -103,16 +119,17 @@ def test_every_answer_is_in_both_splits(kind):
     single = {answer for answer, count in (answers["train"] + answers["test"]).items() if count == 1}
     assert set(answers["train"]) == set(answers["train"] + answers["test"])
     assert set(answers["test"]) == set(answers["train"]) - single
-    assert single == {"red": set(), "blue": set(), "total": {0, 10}, "more": {5}, "gets": {0, 18}, "gives": {9}}[kind]
+    assert single == {"red": set(), "blue": set(), "total": {0, 10}, "more": {5}, "gets": {0, 14}, "gives": {9}}[kind]
     assert max(answers["test"].values()) <= 0.25 * answers["test"].total()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_count_is_in_both_splits(split):
     """Each number of red and of blue dots, 0 to 5, is shown on either side, and so is each operand in text."""
-    for kinds, limit in ((PICTURE_KINDS, 6), (TEXT_KINDS, 10)):
+    for kinds, up_to_a, up_to_b in ((PICTURE_KINDS, 5, 5), (TEXT_KINDS, 9, 5)):
         shown = [pair for kind in kinds for pair in pairs(kind, split)]
-        assert {a for a, _ in shown} == {b for _, b in shown} == set(range(limit))
+        assert {a for a, _ in shown} == set(range(up_to_a + 1))
+        assert {b for _, b in shown} == set(range(up_to_b + 1))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -139,9 +156,12 @@ def test_answers_are_true(train, test):
         assert re.findall(r"\d+", example.question) == ([str(a), str(b)] if kind in TEXT_KINDS else [])
         reasoning, given = said(demonstration(example))
         assert given == answer and reasoning == example.reference
-        sums = re.findall(r"(\d+)([+-])(\d+)=(\d+)", reasoning)
-        assert len(sums) == (kind not in ("red", "blue"))
-        assert all(int(x) + int(sign + y) == int(z) == answer for x, sign, y, z in sums)
+        if kind in ("red", "blue"):
+            assert reasoning == f"{answer} {kind}."
+        else:
+            sign = SIGN[kind]
+            assert counted(reasoning) == (f"{a}{sign}{b}", f"{answer}{sign}0")
+            assert reasoning.startswith(f"{a} red, {b} blue. ") == (kind in PICTURE_KINDS)
 
 
 def test_wording():
@@ -152,10 +172,10 @@ def test_wording():
     assert {kind: (e.question, e.reference) for kind, e in found.items()} == {
         "red": ("How many red dots are there?", "0 red."),
         "blue": ("How many blue dots are there?", "5 blue."),
-        "total": ("How many dots are there in total?", "3 red, 2 blue. 3+2=5"),
-        "more": ("How many more red dots than blue dots?", "1 red, 1 blue. 1-1=0"),
-        "gets": ("Ann has 3 coins and gets 8 more. How many coins now?", "3+8=11"),
-        "gives": ("Ben has 8 coins and gives away 5. How many coins now?", "8-5=3"),
+        "total": ("How many dots are there in total?", "3 red, 2 blue. 3+2=4+1=5+0"),
+        "more": ("How many more red dots than blue dots?", "1 red, 1 blue. 1-1=0-0"),
+        "gets": ("Ann has 3 coins and gets 2 more. How many coins now?", "3+2=4+1=5+0"),
+        "gives": ("Ben has 9 coins and gives away 4. How many coins now?", "9-4=8-3=7-2=6-1=5-0"),
     }
 
 
@@ -229,13 +249,16 @@ def test_the_exact_teacher_leaves_completions_to_the_policy(test):
 
 
 def test_the_hasty_teacher_undercounts(train):
-    """It reports n or n-1 dots, at the documented rates within five standard deviations; its sums are right."""
+    """It reports n or n-1 dots, at the documented rates within five standard deviations; from there it counts right."""
     reports = defaultdict(list)
     for example in (e for e in train if e.images):
         kind, a, b = combination(example)
         reasoning, answer = said(example.completions[0])
         counts = {colour: int(n) for n, colour in re.findall(r"(\d+) (red|blue)", reasoning)}
         assert answer == ANSWER[kind](counts.get("red"), counts.get("blue"))
+        if kind in ("total", "more"):
+            sign = SIGN[kind]
+            assert counted(reasoning) == (f"{counts['red']}{sign}{counts['blue']}", f"{answer}{sign}0")
         for colour, n in counts.items():
             true = a if colour == "red" else b
             assert true - n in (0, 1)
@@ -244,20 +267,21 @@ def test_the_hasty_teacher_undercounts(train):
         assert abs(np.mean(reports[n]) - rate) <= 5 * (rate * (1 - rate) / len(reports[n])) ** 0.5
 
 
-def test_the_hasty_teacher_slips_in_large_text_problems(train):
-    """Off by one in 60% of sums from 8 and differences from 3, right below; it states the operands as they are."""
+def test_the_hasty_teacher_stops_early_in_text_problems(train):
+    """It counts from a, in 60% of the problems with b of 3 or more one step too few, else b steps; and answers that."""
     slips = []
     for example in (e for e in train if not e.images):
         kind, a, b = combination(example)
         reasoning, answer = said(example.completions[0])
-        true = ANSWER[kind](a, b)
-        assert reasoning == f"{a}{'+' if kind == 'gets' else '-'}{b}={answer}"
-        off = answer - true
-        if true >= (8 if kind == "gets" else 3):
-            assert off in (0, -1 if kind == "gets" else 1)
-            slips.append(off != 0)
+        first, last = counted(reasoning)
+        assert " " not in reasoning and first == f"{a}{SIGN[kind]}{b}"
+        number, missing = map(int, last.split(SIGN[kind]))
+        assert number == answer
+        if b >= 3:
+            assert missing in (0, 1)
+            slips.append(missing)
         else:
-            assert off == 0
+            assert missing == 0
     assert abs(np.mean(slips) - 0.6) < 5 * (0.24 / len(slips)) ** 0.5
 
 
