@@ -136,6 +136,17 @@ def _value(candidate: str, example: Example, truth: Value) -> Value | None:
     return truth if truth in [normalise(text).casefold() for text in texts] else None
 
 
+def read_value(candidate: str | None, example: Example) -> Value | None:
+    """What the text of an answer says, read as a value of the ground truth's kind; None where it says no such value."""
+    if candidate is None:
+        return None
+    candidate = candidate.strip()
+    if len(candidate) > MAX_ANSWER_CHARS + 2 * len(example.answer):
+        return None
+    truth = ground_truth(example)
+    return None if truth is None else _value(candidate, example, truth)
+
+
 def is_correct(candidate: str | None, example: Example) -> bool:
     """Whether the text of an answer (None: there is none) has the value of `example.answer`.
 
@@ -145,13 +156,8 @@ def is_correct(candidate: str | None, example: Example) -> bool:
     the unit asked for, words of the question, "the answer is", well-formed digit grouping. False for a ground truth
     that is not a value of its own type.
     """
-    if candidate is None:
-        return False
-    candidate = candidate.strip()
-    if len(candidate) > MAX_ANSWER_CHARS + 2 * len(example.answer):
-        return False
-    truth = ground_truth(example)
-    return truth is not None and _value(candidate, example, truth) == truth
+    value = read_value(candidate, example)
+    return value is not None and value == ground_truth(example)
 
 
 def answer_reward(completion: str, example: Example, format: str = "answer") -> float:
