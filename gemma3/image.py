@@ -20,7 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # Pan-and-scan settings of the published processor.
 _MIN_CROP_SIZE = 256
-_MAX_CROPS = 4
+MAX_CROPS = 4
 _MIN_RATIO = 1.2
 
 
@@ -78,7 +78,7 @@ def _num_crops(long: int, short: int) -> int:
     if long / short < _MIN_RATIO:
         return 0
     crops = min(math.floor(long / short + 0.5), long // _MIN_CROP_SIZE)
-    crops = min(max(crops, 2), _MAX_CROPS)
+    crops = min(max(crops, 2), MAX_CROPS)
     return crops if min(math.ceil(long / crops), short) >= _MIN_CROP_SIZE else 0
 
 

@@ -1,8 +1,10 @@
-"""LoRA (arXiv 2106.09685) on the language layers: initialisation as PEFT's, which projections, and merging.
+"""LoRA (arXiv 2106.09685) on the language layers, and where asked on the vision tower's: which projections,
+initialisation as PEFT's, and merging.
 
 `lora=None` is the base model everywhere, so a reference policy needs no second copy of the weights.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma3.config import Config
-
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+from gemma3.config import Config, VisionConfig
 
 
 class Adapter(NamedTuple):
@@ -34,6 +34,20 @@ class LoraBlock(NamedTuple):
     down: Adapter | None = None
 
 
+class LoraVisionBlock(NamedTuple):
+    """The adapters of the vision tower's encoder blocks, likewise."""
+
+    query: Adapter | None = None
+    key: Adapter | None = None
+    value: Adapter | None = None
+    out: Adapter | None = None
+    fc1: Adapter | None = None
+    fc2: Adapter | None = None
+
+
+TARGETS, VISION_TARGETS = LoraBlock._fields, LoraVisionBlock._fields
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lora:
@@ -41,6 +55,7 @@ class Lora:
 
     blocks: LoraBlock
     scale: float = field(metadata={"static": True})
+    vision: LoraVisionBlock | None = None  # None leaves the tower as it is
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class LoraConfig:
     alpha: float = 16.0
     rslora: bool = False
     targets: tuple[str, ...] = TARGETS
+    vision: bool = False  # all projections of the vision tower too
 
     def __post_init__(self):
         if self.r < 1:
@@ -66,7 +82,7 @@ class LoraConfig:
 
 
 def projection_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The input and output axes of each projection that can be adapted."""
+    """The input and output axes of each projection of a decoder block."""
     d, f = (config.hidden_size,), (config.intermediate_size,)
     queries, keys = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
     return {
@@ -80,25 +96,68 @@ def projection_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[
     }
 
 
+def vision_projection_shapes(config: VisionConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The same of an encoder block of the vision tower."""
+    e, f = (config.hidden_size,), (config.intermediate_size,)
+    heads = (config.num_heads, config.hidden_size // config.num_heads)
+    return {
+        "query": (e, heads),
+        "key": (e, heads),
+        "value": (e, heads),
+        "out": (heads, e),
+        "fc1": (e, f),
+        "fc2": (f, e),
+    }
+
+
+def lora_shapes(
+    config: Config, r: int, scale: float, targets: Iterable[str], vision_targets: Iterable[str] = ()
+) -> Lora:
+    """An adapter of the given projections as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+
+    def pairs(layers: int, axes: dict, names: Iterable[str]) -> dict[str, Adapter]:
+        array = lambda *shape: jax.ShapeDtypeStruct((layers, *shape), jnp.float32)  # noqa: E731
+        return {name: Adapter(array(*axes[name][0], r), array(r, *axes[name][1])) for name in names}
+
+    blocks = LoraBlock(**pairs(config.num_layers, projection_shapes(config), targets))
+    if not vision_targets:
+        return Lora(blocks, scale)
+    tower = pairs(config.vision.num_layers, vision_projection_shapes(config.vision), vision_targets)
+    return Lora(blocks, scale, LoraVisionBlock(**tower))
+
+
 def init_lora(key: jax.Array, config: Config, lora: LoraConfig) -> Lora:
-    """A ~ U(-1/sqrt(inputs), 1/sqrt(inputs)) and B = 0, PEFT's default: the adapted model starts as the base model."""
-    pairs = {}
-    for name, (inputs, outputs) in projection_shapes(config).items():
-        if name in lora.targets:
-            bound = np.prod(inputs) ** -0.5
-            a_key = jax.random.fold_in(key, TARGETS.index(name))
-            a = jax.random.uniform(a_key, (config.num_layers, *inputs, lora.r), jnp.float32, -bound, bound)
-            pairs[name] = Adapter(a, jnp.zeros((config.num_layers, lora.r, *outputs), jnp.float32))
-    return Lora(LoraBlock(**pairs), lora.scale)
+    """A ~ U(-1/sqrt(inputs), 1/sqrt(inputs)) and B = 0, PEFT's default: the adapted model starts as the base model.
+
+    ValueError where the vision tower of a text-only model is to be adapted.
+    """
+    if lora.vision and config.vision is None:
+        raise ValueError(f"--lora-vision adapts the vision tower, and a {config.model_type} model has none")
+    shapes = lora_shapes(config, lora.r, lora.scale, lora.targets, VISION_TARGETS if lora.vision else ())
+
+    def fresh(path, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name, factor = path[-2].name, path[-1].name
+        if factor == "b":
+            return jnp.zeros(shape.shape, jnp.float32)
+        bound = np.prod(shape.shape[1:-1]) ** -0.5
+        a_key = jax.random.fold_in(key, (TARGETS + VISION_TARGETS).index(name))
+        return jax.random.uniform(a_key, shape.shape, jnp.float32, -bound, bound)
+
+    return jax.tree_util.tree_map_with_path(fresh, shapes)
 
 
-def merge(blocks, lora: Lora):
-    """The decoder blocks with W + scale * A · B in place of W, computed in float32 and rounded once to W's dtype."""
+def merge(params, lora: Lora):
+    """The model with W + scale * A · B in place of each adapted W, a float32 sum rounded once to W's dtype."""
 
     def merged(weight: jax.Array, pair: Adapter) -> jax.Array:
         layers, r = pair.b.shape[:2]
         product = pair.a.reshape(layers, -1, r) @ pair.b.reshape(layers, r, -1)
         return (weight.astype(jnp.float32) + lora.scale * product.reshape(weight.shape)).astype(weight.dtype)
 
-    pairs = {name: pair for name, pair in lora.blocks._asdict().items() if pair is not None}
-    return blocks._replace(**{name: merged(getattr(blocks, name), pair) for name, pair in pairs.items()})
+    def adapted(part, adapters):
+        pairs = {name: pair for name, pair in adapters._asdict().items() if pair is not None}
+        blocks = {name: merged(getattr(part.blocks, name), pair) for name, pair in pairs.items()}
+        return part._replace(blocks=part.blocks._replace(**blocks))
+
+    params = params._replace(text=adapted(params.text, lora.blocks))
+    return params if lora.vision is None else params._replace(vision=adapted(params.vision, lora.vision))

@@ -50,9 +50,9 @@ PARTITION = {
 }
 
 # A LoRA pair is split as its layer is: A carries the weight's input axes, B its output axes.
-for _name in ("q", "k", "v", "o", "gate", "up", "down"):
+for _name in ("q", "k", "v", "o", "gate", "up", "down", "query", "key", "value", "out", "fc1", "fc2"):
     _stack, *_axes = PARTITION[_name]
-    _inputs = 2 if _name == "o" else 1
+    _inputs = 2 if _name in ("o", "out") else 1
     PARTITION[_name + ".a"] = P(_stack, *_axes[:_inputs], None)
     PARTITION[_name + ".b"] = P(_stack, None, *_axes[_inputs:])
 

@@ -167,7 +167,7 @@ def place_soft_tokens(x: jax.Array, ids: jax.Array, soft: jax.Array, image_token
     return jnp.where(is_image[..., None], jnp.take_along_axis(rows, order[..., None], axis=1), x).astype(x.dtype)
 
 
-def encode_images(pixels: jax.Array, params: Params, *, config: Config) -> jax.Array:
+def encode_images(pixels: jax.Array, params: Params, lora: Lora | None = None, *, config: Config) -> jax.Array:
     """The soft tokens [Q, A, M, D] of each prompt's pictures, uint8[Q, A, h, w, 3].
 
     The pictures of a data shard are dealt out to its tensor shards, each of which runs the whole tower on its share.
@@ -177,7 +177,7 @@ def encode_images(pixels: jax.Array, params: Params, *, config: Config) -> jax.A
     share = -(-flat.shape[0] // shards)
     flat = jnp.pad(flat, ((0, share * shards - flat.shape[0]), (0, 0), (0, 0), (0, 0)))
     own = jax.lax.dynamic_slice_in_dim(flat, tensor_shard() * share, share)
-    soft = gather_over_tensor(soft_tokens(own, params.vision, config=config))
+    soft = gather_over_tensor(soft_tokens(own, params.vision, lora, config=config))
     return soft[: pixels.shape[0] * pixels.shape[1]].reshape(*pixels.shape[:2], *soft.shape[1:])
 
 
@@ -295,7 +295,7 @@ def pack_images(
 
 
 def _all_logits(ids, pixels, params: Params, lora: Lora | None, *, config: Config) -> jax.Array:
-    soft = None if pixels is None else encode_images(pixels, params, config=config)
+    soft = None if pixels is None else encode_images(pixels, params, lora, config=config)
     hidden = read_prompts(ids, soft, params, lora, config=config).hidden
     return logits_of(hidden, params.text.embedding, config=config)
 

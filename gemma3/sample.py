@@ -63,7 +63,7 @@ class Prompts(NamedTuple):
     ids: jax.Array  # int32[Q, P], right-padded; a row of padding only is not sampled
     soft: jax.Array | None  # [Q, A, M, D] soft tokens of each prompt's pictures; None without pictures
     index: jax.Array  # int32[Q], what keys each prompt's randomness
-    pixels: jax.Array | None = None  # uint8[Q, A, h, w, 3], kept where the vision tower is trained
+    pixels: jax.Array | None = None  # uint8[Q, A, h, w, 3], kept where the vision tower is trained or adapted
 
 
 class Samples(NamedTuple):
@@ -388,9 +388,9 @@ def sample(
     whole distribution at the sampling temperature, before top-k, top-p and `allowed`, so that they compare with
     `completion_stats`; at temperature 0 they are those of temperature 1.
 
-    Frozen weights stored in parts over `data` are joined once, before the token loop. `gather_once=False` joins one
-    layer at a time inside it instead: it needs the memory of one layer, and moves all weights for every token.
-    `choose_gather` chooses.
+    Frozen weights stored in parts over `data` are joined once, before the token loop, and lie there a second time, one
+    array a layer. `gather_once=False` takes one layer at a time inside it instead: it needs the memory of one layer,
+    and moves all weights for every token. `choose_gather` chooses.
     """
     body = partial(
         _sample_shard,
@@ -414,7 +414,7 @@ def sample(
 def decoding_bytes(
     params: Params, *, config: Config, mesh: Mesh, prompts: int, group: int, prompt_length: int, length: int
 ) -> int:
-    """Bytes that `sample` needs on each device: the weights as stored, the language model's again joined, the caches.
+    """Bytes that `sample` needs on each device: the weights as stored, the language model's again by layer, the caches.
 
     params: arrays or shapes; prompts: Q of the whole batch.
     """
@@ -426,7 +426,9 @@ def decoding_bytes(
         return sum(jax.tree.leaves(jax.tree.map(lambda x, share: x.size * x.dtype.itemsize // share, tree, shares)))
 
     stored = bytes_of(params, specs, {DATA: data, TENSOR: tensor})
-    joined = bytes_of(params.text, specs.text, {TENSOR: tensor}) if data > 1 else 0
+    joined = bytes_of(params.text.blocks, specs.text.blocks, {TENSOR: tensor})
+    if data > 1:
+        joined += bytes_of(params.text.embedding, specs.text.embedding, {TENSOR: tensor})
     itemsize = params.text.embedding.dtype.itemsize
     caches = cache_bytes(config, -(-prompts // data), group, prompt_length, length, itemsize)
     return stored + joined + caches // min(tensor, config.num_kv_heads)
@@ -454,8 +456,8 @@ def device_memory() -> int | None:
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
-def encode(params: Params, pixels: jax.Array, *, config: Config, mesh: Mesh) -> jax.Array:
+def encode(params: Params, pixels: jax.Array, lora: Lora | None = None, *, config: Config, mesh: Mesh) -> jax.Array:
     """The soft tokens [Q, A, M, D] of each prompt's pictures, uint8[Q, A, h, w, 3]."""
-    specs = (P(DATA), partition_specs(params, config, mesh))
+    specs = (P(DATA), partition_specs(params, config, mesh), partition_specs(lora, config, mesh))
     body = partial(encode_images, config=config)
-    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(DATA))(pixels, params)
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(DATA))(pixels, params, lora)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma3.config import Config, VisionConfig
-from gemma3.layers import rms_norm
+from gemma3.layers import project, rms_norm
+from gemma3.lora import Lora, LoraVisionBlock
 from gemma3.mesh import gather_over_data
 
 
@@ -61,8 +62,10 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     return (normed * _last_axis(scale, x) + _last_axis(bias, x)).astype(x.dtype)
 
 
-def linear(equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-    y = jnp.einsum(equation, x, weight)
+def linear(
+    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array, adapter=None, scale: float = 0.0
+) -> jax.Array:
+    y = project(equation, x, weight, adapter, scale)
     return y + _last_axis(bias, y)
 
 
@@ -74,14 +77,16 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
     return jnp.einsum("IyaxbC->IyxabC", x).reshape(images, rows * columns, -1)
 
 
-def vision_attention(x: jax.Array, w: VisionBlock) -> jax.Array:
+def vision_attention(
+    x: jax.Array, w: VisionBlock, adapters: LoraVisionBlock | None = None, lora_scale: float = 0.0
+) -> jax.Array:
     """Full multi-head attention over an image's patches, x: [I, T, E].
 
     Queries are taken a few at a time: the scores of all 4096 patches at once would be 1 GiB an image in float32.
     """
-    q = linear("ITE,Ene->ITne", x, w.query, w.query_bias)
-    k = linear("ITE,Ene->ITne", x, w.key, w.key_bias)
-    v = linear("ITE,Ene->ITne", x, w.value, w.value_bias)
+    q = linear("...E,Ene->...ne", x, w.query, w.query_bias, adapters and adapters.query, lora_scale)
+    k = linear("...E,Ene->...ne", x, w.key, w.key_bias, adapters and adapters.key, lora_scale)
+    v = linear("...E,Ene->...ne", x, w.value, w.value_bias, adapters and adapters.value, lora_scale)
     scale = q.shape[-1] ** -0.5
 
     @jax.checkpoint
@@ -91,35 +96,41 @@ def vision_attention(x: jax.Array, w: VisionBlock) -> jax.Array:
         return jnp.einsum("InS,ISne->Ine", weights, v)
 
     mixed = jnp.moveaxis(jax.lax.map(attend, jnp.moveaxis(q, 1, 0), batch_size=256), 0, 1)
-    return linear("ITne,neE->ITE", mixed, w.out, w.out_bias)
+    return linear("...ne,neE->...E", mixed, w.out, w.out_bias, adapters and adapters.out, lora_scale)
 
 
-def vision_mlp(x: jax.Array, w: VisionBlock) -> jax.Array:
-    h = jax.nn.gelu(linear("ITE,Ef->ITf", x, w.fc1, w.fc1_bias), approximate=True)
-    return linear("ITf,fE->ITE", h, w.fc2, w.fc2_bias)
+def vision_mlp(
+    x: jax.Array, w: VisionBlock, adapters: LoraVisionBlock | None = None, lora_scale: float = 0.0
+) -> jax.Array:
+    h = linear("...E,Ef->...f", x, w.fc1, w.fc1_bias, adapters and adapters.fc1, lora_scale)
+    h = jax.nn.gelu(h, approximate=True)
+    return linear("...f,fE->...E", h, w.fc2, w.fc2_bias, adapters and adapters.fc2, lora_scale)
 
 
-def vision_block(x: jax.Array, w: VisionBlock, eps: float) -> jax.Array:
-    x = x + vision_attention(layer_norm(x, w.norm1_scale, w.norm1_bias, eps), w)
-    return x + vision_mlp(layer_norm(x, w.norm2_scale, w.norm2_bias, eps), w)
+def vision_block(
+    x: jax.Array, w: VisionBlock, eps: float, adapters: LoraVisionBlock | None = None, lora_scale: float = 0.0
+) -> jax.Array:
+    x = x + vision_attention(layer_norm(x, w.norm1_scale, w.norm1_bias, eps), w, adapters, lora_scale)
+    return x + vision_mlp(layer_norm(x, w.norm2_scale, w.norm2_bias, eps), w, adapters, lora_scale)
 
 
 def embed_patches(pixels: jax.Array, w: Vision, patch_size: int) -> jax.Array:
     """uint8 [I, h, w, 3] to [I, T, E]: values to [-1, 1], patches, a linear map, learned positions."""
     x = pixels.astype(jnp.float32) / 127.5 - 1.0
     x = patchify(x, patch_size).astype(w.patch_kernel.dtype)
-    return linear("ITp,pE->ITE", x, w.patch_kernel, w.patch_bias) + w.position[None]
+    return linear("...p,pE->...E", x, w.patch_kernel, w.patch_bias) + w.position[None]
 
 
-def encode(pixels: jax.Array, w: Vision, config: VisionConfig) -> jax.Array:
+def encode(pixels: jax.Array, w: Vision, config: VisionConfig, lora: Lora | None = None) -> jax.Array:
     """The tower's last hidden state, after its final norm: [I, T, E]."""
     x = embed_patches(pixels, w, config.patch_size)
 
     @jax.checkpoint
-    def step(x, layer):
-        return vision_block(x, gather_over_data(layer, layer=True), config.norm_eps), None
+    def step(x, per_layer):
+        layer, adapters = gather_over_data(per_layer, layer=True)
+        return vision_block(x, layer, config.norm_eps, adapters, lora.scale if lora else 0.0), None
 
-    x, _ = jax.lax.scan(step, x, w.blocks)
+    x, _ = jax.lax.scan(step, x, (w.blocks, lora and lora.vision))
     return layer_norm(x, w.post_norm_scale, w.post_norm_bias, config.norm_eps)
 
 
@@ -130,7 +141,7 @@ def project_patches(x: jax.Array, w: Vision, config: VisionConfig) -> jax.Array:
     return jnp.einsum("IME,ED->IMD", rms_norm(x, w.soft_norm, config.norm_eps), w.projector)
 
 
-def soft_tokens(pixels: jax.Array, vision: Vision, *, config: Config) -> jax.Array:
+def soft_tokens(pixels: jax.Array, vision: Vision, lora: Lora | None = None, *, config: Config) -> jax.Array:
     """Pictures uint8[I, h, w, 3] to soft tokens [I, M, D], which stand in a prompt where its image tokens are."""
     w = gather_over_data(vision._replace(blocks=None))._replace(blocks=vision.blocks)
-    return project_patches(encode(pixels, w, config.vision), w, config.vision)
+    return project_patches(encode(pixels, w, config.vision, lora), w, config.vision)

@@ -16,7 +16,7 @@ import torch
 from tiny_models import IMAGE_ID, tiny_gemma2_config, tiny_model, tiny_multimodal_config, tiny_text_config
 
 from gemma3.config import Config
-from gemma3.lora import Lora, LoraBlock, LoraConfig, init_lora
+from gemma3.lora import Lora, LoraBlock, LoraConfig, LoraVisionBlock, init_lora
 from gemma3.mesh import make_mesh, partition_specs
 from gemma3.model import Params
 from gemma3.weights import load_checkpoint
@@ -85,12 +85,13 @@ def gradients(hf: torch.nn.Module, loss: torch.Tensor) -> Params:
     return params
 
 
-def random_lora(config: Config, r: int = 3, alpha: float = 6.0) -> Lora:
+def random_lora(config: Config, r: int = 3, alpha: float = 6.0, vision: bool = False) -> Lora:
     """An adapter of every projection whose B is not zero, so that it does something and A has a gradient."""
-    lora = init_lora(jax.random.key(3), config, LoraConfig(r, alpha))
-    keys = iter(jax.random.split(jax.random.key(4), 7))
+    lora = init_lora(jax.random.key(3), config, LoraConfig(r, alpha, vision=vision))
+    keys = iter(jax.random.split(jax.random.key(4), 13))
     fill = lambda pair: pair._replace(b=0.05 * jax.random.normal(next(keys), pair.b.shape))  # noqa: E731
-    return replace(lora, blocks=LoraBlock(*map(fill, lora.blocks)))
+    tower = LoraVisionBlock(*map(fill, lora.vision)) if vision else None
+    return replace(lora, blocks=LoraBlock(*map(fill, lora.blocks)), vision=tower)
 
 
 def drawn(picture: str) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""LoRA adapters go both ways between PEFT and here with the same logits; more than plain LoRA is refused."""
+"""LoRA adapters, of the vision tower too, go both ways between PEFT and here with the same logits; more than plain
+LoRA is refused."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,14 @@ from tiny_models import tiny_model, tiny_multimodal_config, tiny_text_config
 from gemma3.adapter import load_adapter, save_adapter
 from gemma3.config import NANO
 from gemma3.lora import LoraConfig, init_lora
-from gemma3.mesh import make_mesh, partition_specs
+from gemma3.mesh import make_mesh, shardings
 from gemma3.model import forward
 from gemma3.weights import load_checkpoint
 
 torch.set_num_threads(1)
 CONFIGURATIONS = {"text": tiny_text_config, "multimodal": tiny_multimodal_config}
 LANGUAGE = r".*language_model.*\."
+TOWER = r".*vision_tower.*encoder.*\."
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
@@ -107,14 +110,51 @@ def test_settings_and_keys_are_those_peft_writes(base, tmp_path):
     assert settings["base_model_name_or_path"] == "google/gemma-3-4b-it"
 
 
+multimodal = pytest.mark.parametrize("base", ["multimodal"], indirect=True)
+
+
+@multimodal
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [
+        (f"{LANGUAGE}(q_proj|down_proj)|{TOWER}(k_proj|out_proj|fc1)", ["key", "out", "fc1"]),
+        (["q_proj", "v_proj", "up_proj"], ["query", "value"]),  # PEFT takes these names in both towers
+    ],
+)
+def test_what_peft_saves_of_both_towers_gives_its_logits_here(targets, adapted, base, tmp_path):
+    _, _, (config, params), given, _ = base
+    expected = save_with_peft("multimodal", tmp_path, given, target_modules=targets, r=5, lora_alpha=7)
+    lora = load_adapter(tmp_path, config)
+    assert [name for name, pair in lora.vision._asdict().items() if pair is not None] == adapted
+    np.testing.assert_allclose(forward(params, *given, config=config, lora=lora), expected, atol=1e-5, rtol=0)
+    text_only = forward(params, *given, config=config, lora=replace(lora, vision=None))
+    assert np.abs(expected - text_only).max() > 0.01
+
+
+@multimodal
+def test_what_is_saved_here_of_both_towers_is_as_peft_saves_it_and_gives_the_same_logits_there(base, tmp_path):
+    kind, _, (config, params), given, _ = base
+    lora = random_lora(config, LoraConfig(r=5, alpha=7.0, targets=("q", "down"), vision=True))
+    save_adapter(tmp_path / "ours", config, lora, "google/gemma-3-4b-it")
+    expected = forward(params, *given, config=config, lora=lora)
+    text_only = forward(params, *given, config=config, lora=replace(lora, vision=None))
+    assert np.abs(expected - text_only).max() > 0.01
+    adapted = peft.PeftModel.from_pretrained(base_model(kind), tmp_path / "ours").eval()
+    np.testing.assert_allclose(logits_of_transformers(adapted, *given), expected, atol=1e-5, rtol=0)
+    adapted.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "ours", config), lora)
+
+
 def test_on_a_mesh_an_adapter_is_split_as_its_layers_are(base, tmp_path):
     _, _, (config, _), _, _ = base
-    save_adapter(tmp_path / "adapter", config, random_lora(config, LoraConfig(r=3)), "base")
+    lora = random_lora(config, LoraConfig(r=3, vision=config.vision is not None))
+    save_adapter(tmp_path / "adapter", config, lora, "base")
     mesh = make_mesh(2, 4)
     whole, split = load_adapter(tmp_path / "adapter", config), load_adapter(tmp_path / "adapter", config, mesh)
     jax.tree.map(np.testing.assert_array_equal, split, whole)
-    specs = partition_specs(whole, config, mesh)
-    assert split.blocks.q.a.sharding == jax.NamedSharding(mesh, specs.blocks.q.a)
+    assert jax.tree.map(lambda x: x.sharding, split) == shardings(whole, config, mesh)
 
 
 @pytest.fixture
@@ -178,14 +218,26 @@ def test_settings_beyond_plain_lora_are_refused(settings, message, nano_adapter)
 
 
 LAYER = "base_model.model.model.language_model.layers.5."
-VISION = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+VISION = "base_model.model.model.vision_tower."
+PROJECTOR = "base_model.model.model.multi_modal_projector."
 REFUSED_TENSORS = [
     (
         lambda t: t.pop(LAYER + "mlp.down_proj.lora_B.weight"),
         r"lacks the tensor model\.layers\.5\.mlp\.down_proj\.lora_B",
     ),
     (lambda t: t.update({LAYER + "x.lora_A.weight": torch.ones(2)}), r"holds the tensor model\.layers\.5\.x\.lora_A"),
-    (lambda t: t.update({VISION: torch.ones(3, 64)}), "only adapters of the language model are supported"),
+    (
+        lambda t: t.update({VISION + "embeddings.patch_embedding.lora_A.weight": torch.ones(2)}),
+        r"holds the tensor vision_tower\.vision_model\.embeddings\.patch_embedding\.lora_A\.weight, which this",
+    ),
+    (
+        lambda t: t.update({PROJECTOR + "mm_input_projection.lora_A.weight": torch.ones(2)}),
+        r"holds the tensor multi_modal_projector\.mm_input_projection\.lora_A\.weight, which this model",
+    ),
+    (
+        lambda t: t.update({VISION + "encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(3, 64)}),
+        r"lacks the tensor vision_tower\.vision_model\.encoder\.layers\.0\.mlp\.fc1\.lora_B",
+    ),
 ]
 
 
@@ -196,14 +248,11 @@ def test_tensors_that_do_not_fit_are_named(change, message, nano_adapter):
         load_adapter(nano_adapter, NANO)
 
 
-def test_a_list_of_targets_that_peft_also_puts_on_the_vision_tower_is_refused(tmp_path):
-    """PEFT reads ["q_proj"] as both towers' q_proj."""
-    model = peft.get_peft_model(base_model("multimodal"), peft.LoraConfig(r=3, target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path)
-    tiny_model(tiny_multimodal_config()).save_pretrained(tmp_path / "base")
-    config, _ = load_checkpoint(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"adapts .*vision_tower.*; only adapters of the language model"):
-        load_adapter(tmp_path, config)
+def test_an_adapter_of_the_vision_tower_is_refused_by_a_model_without_one(nano_adapter):
+    lora = random_lora(NANO, LoraConfig(r=3, vision=True))
+    save_adapter(nano_adapter, NANO, lora, "nano")
+    with pytest.raises(ValueError, match="adapts the vision tower, and a gemma3_text model has none"):
+        load_adapter(nano_adapter, replace(NANO, model_type="gemma3_text", vision=None))
 
 
 def test_an_adapter_of_nothing_is_refused(nano_adapter):

@@ -20,15 +20,22 @@ from oracle import (
     tensor,
     text_pair,
 )
-from tiny_models import tiny_model, tiny_text_config
+from tiny_models import tiny_model, tiny_multimodal_config, tiny_text_config
 
 from gemma3 import model
 from gemma3.config import CONFIGS
-from gemma3.lora import TARGETS, Adapter, LoraBlock, LoraConfig, init_lora, merge
+from gemma3.lora import TARGETS, VISION_TARGETS, Adapter, Lora, LoraConfig, init_lora, merge
 from gemma3.mesh import on_one_device
 
 IDS = np.random.default_rng(0).integers(3, 370, (2, 19)).astype(np.int32)
-HF_NAMES = {name: f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj" for name in TARGETS}
+HF_NAMES = {name: f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj" for name in TARGETS} | {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
 
 
 @cache
@@ -41,8 +48,30 @@ def peft_model(rslora: bool = False) -> torch.nn.Module:
 
 def peft_pair(adapted: torch.nn.Module, name: str, layer: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """PEFT's A [r, inputs] and B [outputs, r] of one projection."""
-    module = adapted.base_model.model.model.layers[layer].get_submodule(HF_NAMES[name])
+    model = adapted.base_model.model.model
+    tower = model.vision_tower.encoder if name in VISION_TARGETS else getattr(model, "language_model", model)
+    module = tower.layers[layer].get_submodule(HF_NAMES[name])
     return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def copy_to_peft(lora: Lora, adapted: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for name, pair in [*lora.blocks._asdict().items(), *(lora.vision._asdict().items() if lora.vision else ())]:
+            for layer in range(len(pair.a)):
+                a, b = peft_pair(adapted, name, layer)
+                a.copy_(tensor(pair.a[layer]).flatten(0, -2).T)
+                b.copy_(tensor(pair.b[layer]).flatten(1).T)
+
+
+def peft_gradients(blocks, adapted: torch.nn.Module):
+    """The gradients that torch has left in PEFT's parameters, shaped as the adapters `blocks`."""
+    expected = {}
+    for name, like in blocks._asdict().items():
+        pairs = [peft_pair(adapted, name, layer) for layer in range(len(like.a))]
+        a = np.stack([a.grad.numpy().T.reshape(like.a.shape[1:]) for a, _ in pairs])
+        b = np.stack([b.grad.numpy().T.reshape(like.b.shape[1:]) for _, b in pairs])
+        expected[name] = Adapter(a, b)
+    return type(blocks)(**expected)
 
 
 def test_an_adapter_starts_as_pefts_does():
@@ -60,17 +89,19 @@ def test_an_adapter_starts_as_pefts_does():
 
 
 def test_the_projections_and_layers_of_an_adapter_start_differently():
-    lora = init_lora(jax.random.key(0), text_pair().config, LoraConfig(r=4))
-    first = [np.asarray(pair.a).ravel()[:12] * np.prod(pair.a.shape[1:-1]) ** 0.5 for pair in lora.blocks]
-    assert len(np.unique(np.round(first, 5))) == len(TARGETS) * 12
+    lora = init_lora(jax.random.key(0), multimodal_pair().config, LoraConfig(r=4, vision=True))
+    pairs = [*lora.blocks, *lora.vision]
+    first = [np.asarray(pair.a).ravel()[:12] * np.prod(pair.a.shape[1:-1]) ** 0.5 for pair in pairs]
+    assert len(np.unique(np.round(first, 5))) == len(TARGETS + VISION_TARGETS) * 12
     assert (lora.blocks.q.a[0] != lora.blocks.q.a[1]).any()
 
 
-def test_a_fresh_adapter_is_the_base_model():
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_fresh_adapter_is_the_base_model(vision):
     """To the rounding of two programs."""
     _, config, params = multimodal_pair()
     ids, pictures = picture_prompts()
-    lora = init_lora(jax.random.key(0), config, LoraConfig(r=4))
+    lora = init_lora(jax.random.key(0), config, LoraConfig(r=4, vision=vision))
     with_adapter = model.forward(params, ids, pictures, config=config, lora=lora)
     assert_close(with_adapter, model.forward(params, ids, pictures, config=config), atol=5e-6)
 
@@ -93,25 +124,42 @@ def test_an_adapted_model_equals_pefts_in_logits_and_gradients():
     """The same A, and a B that is not zero, on every projection."""
     adapted, (_, config, params) = peft_model(), text_pair()
     lora = random_lora(config, r=4, alpha=8.0)
-    with torch.no_grad():
-        for name, pair in lora.blocks._asdict().items():
-            for layer in range(8):
-                a, b = peft_pair(adapted, name, layer)
-                a.copy_(tensor(pair.a[layer]).flatten(0, -2).T)
-                b.copy_(tensor(pair.b[layer]).flatten(1).T)
+    copy_to_peft(lora, adapted)
     theirs = hf_logits(adapted, IDS)
     base = model.forward(params, IDS, config=config)
     assert np.abs(theirs.detach().numpy() - base).max() > 0.1, "the adapter does something"
     assert_close(model.forward(params, IDS, config=config, lora=lora), theirs)
 
     (theirs * tensor(WEIGHTS)).sum().backward()
-    expected = {}
-    for name, pair in lora.blocks._asdict().items():
-        pairs = [peft_pair(adapted, name, layer) for layer in range(8)]
-        a = np.stack([a.grad.numpy().T.reshape(pair.a.shape[1:]) for a, _ in pairs])
-        b = np.stack([b.grad.numpy().T.reshape(pair.b.shape[1:]) for _, b in pairs])
-        expected[name] = Adapter(a, b)
-    assert_trees_close(gradient_of_weighted_logits()(lora), replace(lora, blocks=LoraBlock(**expected)))
+    expected = replace(lora, blocks=peft_gradients(lora.blocks, adapted))
+    assert_trees_close(gradient_of_weighted_logits()(lora), expected)
+
+
+def test_an_adapted_vision_tower_equals_pefts_in_logits_and_gradients():
+    """Adapters of both towers, and prompts with pictures."""
+    _, config, params = multimodal_pair()
+    ids, pictures = picture_prompts()
+    real, packed = ids != 0, model.pack_images(pictures, ids, config)
+    weights = np.random.default_rng(3).standard_normal((*ids.shape, 384), np.float32) * real[..., None]
+    lora = random_lora(config, vision=True)
+    targets = r".*language_model.*_proj|.*vision_tower.*(_proj|fc1|fc2)"
+    base = tiny_model(tiny_multimodal_config())
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets))
+    copy_to_peft(lora, adapted)
+    theirs = hf_logits(adapted, ids, pictures)
+    ours = model.forward(params, ids, pictures, config=config, lora=lora)
+    assert_close(ours[real], theirs[torch.from_numpy(real)])
+    text_only = model.forward(params, ids, pictures, config=config, lora=replace(lora, vision=None))
+    assert np.abs(ours - text_only)[real].max() > 0.02, "the tower's adapter does something"
+
+    def loss(lora):
+        soft = model.encode_images(packed, params, lora, config=config)
+        hidden = model.read_prompts(ids, soft, params, lora, config=config).hidden
+        return (model.logits_of(hidden, params.text.embedding, config=config) * weights).sum()
+
+    (theirs * tensor(weights)).sum().backward()
+    expected = Lora(peft_gradients(lora.blocks, adapted), lora.scale, peft_gradients(lora.vision, adapted))
+    assert_trees_close(on_one_device(jax.grad(loss))(lora), expected)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 4.0)])
@@ -128,14 +176,15 @@ def test_at_the_start_only_b_has_a_gradient():
         assert (np.abs(pair.b).reshape(8, -1).max(axis=1) > 0).all(), name
 
 
-def test_merging_equals_applying():
-    """Ragged prompts with pictures; the vision tower has no adapter."""
+@pytest.mark.parametrize("vision", [False, True])
+def test_merging_equals_applying(vision):
+    """Ragged prompts with pictures."""
     _, config, params = multimodal_pair()
     ids, pictures = picture_prompts()
-    lora = random_lora(config)
+    lora = random_lora(config, vision=vision)
     applied = model.forward(params, ids, pictures, config=config, lora=lora)
-    merged = params._replace(text=params.text._replace(blocks=merge(params.text.blocks, lora)))
-    real = ids != 0
+    merged, real = merge(params, lora), ids != 0
+    assert (merged.vision is params.vision) == (not vision)
     assert np.abs(applied - model.forward(params, ids, pictures, config=config))[real].max() > 0.1
     assert_close(model.forward(merged, ids, pictures, config=config)[real], applied[real])
 
@@ -155,7 +204,7 @@ def test_merging_equals_pefts_merge_and_unload():
             np.stack([a.detach().numpy().T.reshape(like.a.shape[1:]) for a, _ in both]),
             np.stack([b.detach().numpy().T.reshape(like.b.shape[1:]) for _, b in both]),
         )
-    ours = merge(params.text.blocks, replace(lora, blocks=lora.blocks._replace(**pairs)))
+    ours = merge(params, replace(lora, blocks=lora.blocks._replace(**pairs))).text.blocks
     theirs = load(adapted.merge_and_unload())[1].text.blocks
     for name, weight in ours._asdict().items():
         assert_close(weight, getattr(theirs, name), atol=1e-6)
@@ -166,9 +215,9 @@ def test_merging_rounds_once():
     """bfloat16 weights: the sum is formed in float32, so an update below a weight's own rounding is not lost early."""
     _, config, params = text_pair()
     lora = random_lora(config)
-    blocks = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.text.blocks)
-    exact = merge(jax.tree.map(lambda x: x.astype(jnp.float32), blocks), lora)
-    ours = merge(blocks, lora)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    exact = merge(jax.tree.map(lambda x: x.astype(jnp.float32), rounded), lora).text.blocks
+    ours = merge(rounded, lora).text.blocks
     assert ours.q.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours.down, exact.down.astype(jnp.bfloat16))
 
@@ -197,3 +246,8 @@ def test_ranks_and_targets_that_cannot_be_are_refused():
         LoraConfig(targets=("q", "embed"))
     with pytest.raises(ValueError, match=r"--lora-targets names nothing"):
         LoraConfig(targets=())
+
+
+def test_a_model_without_a_vision_tower_has_none_to_adapt():
+    with pytest.raises(ValueError, match="--lora-vision adapts the vision tower, and a gemma3_text model has none"):
+        init_lora(jax.random.key(0), text_pair().config, LoraConfig(vision=True))

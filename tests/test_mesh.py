@@ -60,17 +60,19 @@ def test_key_value_heads_are_whole_where_there_are_fewer_than_shards():
 
 
 def test_an_adapter_is_split_as_its_layer():
-    """A has the weight's input axes and B its output axes, as their shapes show."""
+    """A has the weight's input axes and B its output axes, as their shapes show; in the vision tower too."""
     config = replace(NANO, num_kv_heads=4)
-    lora = jax.eval_shape(partial(init_lora, config=config, lora=LoraConfig(r=3)), jax.random.key(0))
-    params, mesh = param_shapes(config), make_mesh(2, 4)
-    weights, specs = partition_specs(params, config, mesh).text.blocks, partition_specs(lora, config, mesh).blocks
-    for name, pair in specs._asdict().items():
-        joined = (*pair.a[:-1], *pair.b[2:])  # without the rank, and B's second L
-        assert joined == tuple(getattr(weights, name)), name
-        assert (pair.a[-1], pair.b[1]) == (None, None)
-        arrays = getattr(lora.blocks, name)
-        assert len(arrays.a.shape) == len(pair.a) and len(arrays.b.shape) == len(pair.b)
+    lora = jax.eval_shape(partial(init_lora, config=config, lora=LoraConfig(r=3, vision=True)), jax.random.key(0))
+    mesh = make_mesh(2, 4)
+    weights, specs = (partition_specs(tree, config, mesh) for tree in (param_shapes(config), lora))
+    parts = (weights.text, specs.blocks, lora.blocks), (weights.vision, specs.vision, lora.vision)
+    for whole, adapters, shapes in parts:
+        for name, pair in adapters._asdict().items():
+            joined = (*pair.a[:-1], *pair.b[2:])  # without the rank, and B's second L
+            assert joined == tuple(getattr(whole.blocks, name)), name
+            assert (pair.a[-1], pair.b[1]) == (None, None)
+            arrays = getattr(shapes, name)
+            assert len(arrays.a.shape) == len(pair.a) and len(arrays.b.shape) == len(pair.b)
 
 
 def test_gathering_joins_what_is_stored_in_parts():
