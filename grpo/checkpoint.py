@@ -1,0 +1,310 @@
+"""Saving a run and continuing it exactly: trained weights, optimizer state, and whatever else the loop needs.
+
+    RUN/checkpoints/00000020/adapter/    a PEFT directory, or model/, a Hugging Face one, if all weights are trained
+    RUN/checkpoints/00000020/state/      arrays.safetensors (optimizer), state.msgpack (the rest), SHA256SUMS
+    RUN/adapter                          a link to the newest adapter/, or RUN/model
+
+A checkpoint is written under a hidden name and renamed when it is on the disk, so one with a number is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import msgpack
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from gemma3.adapter import load_adapter, save_adapter
+from gemma3.config import Config
+from gemma3.hub import resolve
+from gemma3.lora import Lora
+from gemma3.model import Params
+from gemma3.vision import Vision
+from gemma3.weights import load_checkpoint, save_checkpoint
+from grpo.update import Trainable
+
+FORMAT = 1  # of state/; raised by a change that older code could not read
+
+# What a model directory holds beside config and weights, to be copied along with trained weights.
+_COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template*")
+
+
+def _folder(run: Path) -> Path:
+    return Path(run) / "checkpoints"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps whose checkpoints were completely written, in order."""
+    names = [path.name for path in _folder(run).glob("*")]
+    return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
+
+
+def _weights_name(trainable: Trainable) -> str:
+    return "adapter" if isinstance(trainable, Lora) else "model"
+
+
+def _describe(trainable: Trainable) -> str:
+    """What is trained, in words that differ wherever the arrays cannot be exchanged."""
+    if not isinstance(trainable, Lora):
+        return "language model and vision tower" if isinstance(trainable, Params) else "the language model"
+    pairs = {name: pair for name, pair in trainable.blocks._asdict().items() if pair is not None}
+    rank = next(iter(pairs.values())).b.shape[1]
+    adapted = ", ".join(pairs)
+    if trainable.vision is not None:
+        vision = [name for name, pair in trainable.vision._asdict().items() if pair is not None]
+        adapted += f" and the vision tower's {', '.join(vision)}"
+    return f"a LoRA adapter of rank {rank} and scale {trainable.scale:g} on {adapted}"
+
+
+def _model(config: Config) -> dict:
+    """The config as msgpack gives it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _named(tree) -> dict[str, jax.Array]:
+    """Leaves by their path, "1.0.mu.blocks.q.a"."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _layout(tree) -> dict[str, str]:
+    """Dtype and shape of every leaf by its path, such as "float32[2, 48, 8]"."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_checksums(directory: Path) -> None:
+    """Write state/SHA256SUMS in the format of `sha256sum -c`, which checks it from within the checkpoint."""
+    lines = [f"{_sha256(path)}  {path.relative_to(directory)}\n" for path in _files(directory)]
+    (directory / "state" / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link(run: Path, target: Path) -> None:
+    """Let RUN/adapter or RUN/model point at `target`; at every moment the name leads somewhere."""
+    name, new = run / target.name, run / f".{target.name}.new"
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.relative_to(run))
+    new.replace(name)
+
+
+def _discard(path: Path) -> None:
+    # Renamed first: a crash must not leave half of a checkpoint under a number.
+    hidden = path.with_name(f".{path.name}.old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _write_weights(
+    directory: Path, trainable: Trainable, config: Config, frozen_vision: Vision | None, base_model: str, rslora: bool
+) -> None:
+    if isinstance(trainable, Lora):
+        save_adapter(directory / "adapter", config, trainable, base_model, rslora=rslora)
+    else:
+        beside = [path for pattern in _COPIED for path in sorted(resolve(base_model).glob(pattern))]
+        params = trainable if isinstance(trainable, Params) else Params(trainable, frozen_vision)
+        save_checkpoint(directory / "model", config, params, also=beside)
+
+
+def _write_state(directory: Path, opt_state: optax.OptState, content: dict) -> None:
+    state = directory / "state"
+    state.mkdir()
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named(opt_state).items()}
+    save_file(arrays, state / "arrays.safetensors")
+    (state / "state.msgpack").write_bytes(msgpack.packb({"format": FORMAT, "arrays": _layout(opt_state), **content}))
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def save(
+    run: Path,
+    step: int,
+    trainable: Trainable,
+    opt_state: optax.OptState,
+    *,
+    config: Config,
+    frozen_vision: Vision | None,
+    base_model: str,
+    extra: dict,
+    keep: int,
+    rslora: bool = False,
+) -> Path:
+    """Write the checkpoint of `step`, point RUN/adapter or RUN/model at it, and return its directory.
+
+    A crash at any moment leaves the earlier checkpoints, and the link, as they were. What was saved after `step`, by a
+    run that has since been continued from an earlier one, goes, and so do all but the `keep` newest and what a crash
+    left behind. The arrays must be addressable from this process.
+
+    frozen_vision: the tower that makes a whole model of a trained `Text`, else None; base_model: the name or directory
+    of the model trained, from which a whole model takes its tokenizer; extra: what msgpack can hold; rslora: how the
+    adapter's file states its scale. ValueError for a `keep` below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"--keep {keep}: at least 1 checkpoint must stay")
+    run, folder = Path(run), _folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".[0-9]*"):
+        shutil.rmtree(leftover)
+    new, target = folder / f".{step:08}.new", folder / f"{step:08}"
+    content = {
+        "step": step,
+        "base_model": base_model,
+        "config": _model(config),
+        "trained": _describe(trainable),
+        "extra": extra,
+    }
+    try:
+        new.mkdir()
+        _write_weights(new, trainable, config, frozen_vision, base_model, rslora)
+        _write_state(new, opt_state, content)
+        _write_checksums(new)
+        _sync_tree(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    replaced = folder / f".{step:08}.old"
+    if target.exists():
+        target.rename(replaced)
+    new.rename(target)
+    _sync(folder)
+    _link(run, target / _weights_name(trainable))
+    _sync(run)
+    shutil.rmtree(replaced, ignore_errors=True)
+    history = steps(run)
+    last = history.index(step) + 1
+    for old in history[: max(0, last - keep)] + history[last:]:
+        _discard(folder / f"{old:08}")
+    return target
+
+
+def _check_files(directory: Path) -> None:
+    """ValueError naming the first file that is missing or not as it was written."""
+    sums = directory / "state" / "SHA256SUMS"
+    if not sums.is_file():
+        raise ValueError(f"{sums} is missing")
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    expected = {directory / name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+    for path in sorted({*expected, *_files(directory)} - {sums}):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path not in expected:
+            raise ValueError(f"{path} is not listed in {sums.name}, so one of the two is damaged")
+        if _sha256(path) != expected[path]:
+            raise ValueError(f"{path} is damaged: its checksum is not the one it was saved with")
+
+
+def _different(theirs: dict, ours: dict) -> str | None:
+    """The first key in which two dicts differ, with both values, or None."""
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            return f"{key} is {theirs.get(key)} there and {ours.get(key)} here"
+    return None
+
+
+def _check(directory: Path, trainable: Trainable, opt_state: optax.OptState, config: Config) -> dict:
+    """The content of state.msgpack; ValueError for a checkpoint that is damaged, or not of this model and training."""
+    _check_files(directory)
+    path = directory / "state" / "state.msgpack"
+    try:
+        content = msgpack.unpackb(path.read_bytes())
+        version = content["format"]
+    except (OSError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version!r}, and this version reads format {FORMAT}")
+    if difference := _different(content["config"], _model(config)):
+        raise ValueError(f"{directory} is of another model: {difference}")
+    if content["trained"] != _describe(trainable):
+        raise ValueError(f"{directory} holds {content['trained']}, and this run trains {_describe(trainable)}")
+    if difference := _different(content["arrays"], _layout(opt_state)):
+        raise ValueError(f"{directory / 'state' / 'arrays.safetensors'} is of another optimizer: {difference}")
+    return content
+
+
+def _advice(run: Path, bad: int, trainable: Trainable, opt_state: optax.OptState, config: Config) -> str:
+    """What to do about a checkpoint that cannot be used: the newest other one that can."""
+    for step in reversed(steps(run)):
+        try:
+            if step != bad:
+                _check(_folder(run) / f"{step:08}", trainable, opt_state, config)
+                return f"step {step} is good: continue from it with --resume {run} --resume-step {step}"
+        except ValueError:
+            continue
+    return f"no other checkpoint in {run} could be used in its place"
+
+
+def _put(array: np.ndarray, like: jax.Array, mesh: Mesh) -> jax.Array:
+    # What a fresh optimizer state holds beside the mesh, such as its step count, may follow any mesh; a restored array
+    # would stay on its one device.
+    sharding = like.sharding if isinstance(like.sharding, NamedSharding) else NamedSharding(mesh, P())
+    return jax.make_array_from_callback(like.shape, sharding, lambda index: array[index])
+
+
+def restore(
+    run: Path,
+    trainable_template: Trainable,
+    opt_state_template: optax.OptState,
+    *,
+    config: Config,
+    mesh: Mesh,
+    step: int | None = None,
+) -> tuple[Trainable, optax.OptState, dict, int]:
+    """What `save` was given at `step`, or at the newest one: (trainable, opt_state, extra, step), bit for bit.
+
+    The templates are those of a fresh start, arrays on `mesh`; each array comes back in the dtype and with the sharding
+    of its template. ValueError naming the file and what is wrong with it for a checkpoint that is damaged, or of
+    another model, adapter or optimizer; it ends with the newest other checkpoint that could be used.
+    """
+    run, saved = Path(run), steps(run)
+    if not saved:
+        raise ValueError(f"{run} holds no checkpoint to continue from")
+    step = saved[-1] if step is None else step
+    if step not in saved:
+        raise ValueError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, saved))}")
+    directory = _folder(run) / f"{step:08}"
+    try:
+        content = _check(directory, trainable_template, opt_state_template, config)
+        if isinstance(trainable_template, Lora):
+            trainable = load_adapter(directory / "adapter", config, mesh)
+        else:
+            params = load_checkpoint(directory / "model", mesh=mesh)[1]
+            trainable = params if isinstance(trainable_template, Params) else params.text
+    except ValueError as error:
+        advice = _advice(run, step, trainable_template, opt_state_template, config)
+        raise ValueError(f"{error}; {advice}") from error
+    # Into the template's own tree: the file states alpha, and alpha / r may differ from the scale by a rounding.
+    structure = jax.tree.structure(trainable_template)
+    trainable = jax.tree.unflatten(structure, jax.tree.leaves(trainable))
+    trainable = jax.device_put(trainable, jax.tree.map(lambda like: like.sharding, trainable_template))
+    with safe_open(directory / "state" / "arrays.safetensors", framework="numpy") as file:
+        arrays = [_put(file.get_tensor(name), like, mesh) for name, like in _named(opt_state_template).items()]
+    return trainable, jax.tree.unflatten(jax.tree.structure(opt_state_template), arrays), content["extra"], step
