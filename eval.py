@@ -1,0 +1,452 @@
+"""How good is a model? Accuracy on a dataset with its interval, beside the base model's, and the dataset's own scores.
+
+    python eval.py --ckpt RUN_OR_ADAPTER_OR_MODEL [--data ...] [--limit N]
+
+The figures are written to eval.json, and beside it each completion and, for MathVista, the files that its repository's
+own scripts read.
+"""
+
+import io
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from math import isnan
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+from rich.console import Console
+
+from data import NAMES, kind, load_dataset
+from data.example import Example
+from data.prompt import messages
+from data.synthetic import synthetic
+from gemma3.adapter import load_adapter
+from gemma3.config import Config
+from gemma3.config_json import read_config
+from gemma3.hub import resolve
+from gemma3.image import MAX_CROPS, load_image, pan_and_scan
+from gemma3.lora import Lora
+from gemma3.mesh import check_mesh, make_mesh, simulate_devices
+from gemma3.model import Params
+from gemma3.sample import Prompts, Sampling
+from gemma3.tokenizer import Tokenizer
+from gemma3.weights import load_checkpoint
+from grpo.cli import clean_errors, parse
+from grpo.eval_settings import EvalSettings, find_models
+from grpo.log import write_json
+from grpo.rollout import Prompt, Row, place_prompts, roll_out, split_over_data
+from grpo.settings import Settings, mesh_shape, resolve_defaults
+from grpo.update import score
+from reward import make_scorer
+from reward.format import format_reward
+from reward.mathvista import write_output, write_scores
+from reward.report import (
+    Result,
+    by_metadata,
+    gsm8k_figures,
+    is_right,
+    over_samples,
+    preference_accuracy,
+    score_mathvista,
+    spoken,
+    summary,
+    table,
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns an example into what the model reads: one place for prompts, pictures and lengths."""
+
+    config: Config
+    tokenizer: Tokenizer
+    prompt: str  # one of grpo.settings.PROMPTS
+    format: str  # a key of data.example.FORMATS
+    pan_and_scan: bool = False
+
+    def chat(self, example: Example) -> list[dict]:
+        """The chat messages: our instruction and wording, MathVista's hint or query, or just the question ("bare")."""
+        if self.prompt == "bare":
+            pictures = [{"type": "image"} for _ in example.images]
+            return [{"role": "user", "content": [*pictures, {"type": "text", "text": example.question}]}]
+        if self.prompt == "query":
+            return messages(example, None, query=True)
+        system = "role" if self.prompt == "role" else "prefix"
+        return messages(example, self.format, system=system, hint=self.prompt == "hint")
+
+    def length(self, example: Example) -> int:
+        """Tokens of the prompt. Pictures are only opened where pan-and-scan has to know their shape."""
+        if self.pan_and_scan and example.images:
+            return len(self(example).ids)
+        return len(self.tokenizer.encode_chat(self.chat(example)))
+
+    def max_pictures(self, example: Example) -> int:
+        """How many pictures the model may be shown for an example: with pan-and-scan each one and up to 4 crops."""
+        return len(example.images) * (1 + MAX_CROPS if self.pan_and_scan else 1)
+
+    def __call__(self, example: Example) -> Prompt:
+        """Tokenize, and decode the pictures; ValueError naming the example where one cannot be read."""
+        size = self.config.vision.image_size if self.config.vision else None
+        pictures, crops = [], []
+        for source in example.images:
+            name = f"the picture of example {example.id}"
+            if self.pan_and_scan:
+                views = pan_and_scan(load_image(source, None, name), size)
+            else:
+                views = [load_image(source, size, name)]
+            pictures += views
+            crops.append(len(views) - 1)
+        return Prompt(self.tokenizer.encode_chat(self.chat(example), crops=crops), pictures)
+
+
+def read_rows(
+    examples: Sequence[Example], order: Iterable[int], reader: Reader, ahead: int, first_place: int = 0
+) -> Iterator[Row]:
+    """Examples in the given order; `ahead` of them are tokenized, and their pictures decoded, in threads beforehand.
+
+    Places are counted from `first_place`, so that an example that comes again is sampled anew.
+    """
+    places = enumerate(order, first_place)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = deque()
+        while True:
+            for place, index in itertools.islice(places, 1 + ahead - len(waiting)):
+                waiting.append((place, examples[index], pool.submit(reader, examples[index])))
+            if not waiting:
+                return
+            place, example, prompt = waiting.popleft()
+            yield Row(place, example, prompt.result())
+
+
+def read_batches(
+    examples: Sequence[Example],
+    reader: Reader,
+    params: Params,
+    lora: Lora | None,
+    *,
+    mesh: Mesh,
+    max_prompt_length: int,
+    max_images: int,
+    batch_size: int,
+) -> Iterator[tuple[list[Row], Prompts]]:
+    """The examples in batches on the mesh, all of one shape, so that one compilation serves them.
+
+    The last batch is filled up with empty prompts, which are not sampled.
+    """
+    rows = read_rows(examples, range(len(examples)), reader, ahead=batch_size)
+    while batch := list(itertools.islice(rows, batch_size)):
+        filled = batch + [Row(0, None, Prompt([], []))] * (batch_size - len(batch))
+        yield (
+            batch,
+            place_prompts(
+                [row.prompt for row in filled],
+                [row.place for row in filled],
+                params,
+                lora,
+                config=reader.config,
+                mesh=mesh,
+                max_prompt_length=max_prompt_length,
+                max_images=max_images,
+            ),
+        )
+
+
+def evaluate(
+    params: Params,
+    lora: Lora | None,
+    examples: Sequence[Example],
+    reader: Reader,
+    *,
+    mesh: Mesh,
+    max_completion_length: int,
+    num_samples: int = 1,
+    sampling: Sampling = Sampling(temperature=0.0),  # noqa: B008 - frozen
+    seed: int = 0,
+    batch_size: int = 128,
+    **sizes: int,
+) -> list[list[Result]]:
+    """Draw `num_samples` completions of each example and judge them. The draws do not depend on `batch_size`.
+
+    sizes: max_prompt_length and max_images, as in `read_batches`.
+    """
+    allowed = jnp.asarray(~reader.tokenizer.never_sampled)
+    results = []
+    for batch, prompts in read_batches(examples, reader, params, lora, mesh=mesh, batch_size=batch_size, **sizes):
+        rollout = roll_out(
+            params,
+            lora,
+            prompts,
+            jax.random.key(seed),
+            allowed,
+            config=reader.config,
+            mesh=mesh,
+            num_generations=num_samples,
+            max_completion_length=max_completion_length,
+            sampling=sampling,
+        )
+        drawn = jax.device_get((rollout.completion_ids, rollout.completion_mask, rollout.finished))
+        for row, *group in zip(batch, *drawn, strict=False):
+            judged = []
+            for ids, mask, finished in zip(*group, strict=True):
+                text = reader.tokenizer.decode(ids[mask])
+                well_formed = format_reward(text, row.example, reader.format) == 1.0
+                right = is_right(text, row.example, reader.format)
+                judged.append(Result(row.example, text, right, well_formed, bool(finished), int(mask.sum())))
+            results.append(judged)
+    return results
+
+
+def given_tokens(example: Example, reader: Reader) -> list[list[int]]:
+    """The completions that an example brings, as the model would write them, with the end of its turn."""
+    return [[*reader.tokenizer.encode(text), reader.config.stop_ids[-1]] for text in example.completions]
+
+
+def given_logps(
+    params: Params,
+    lora: Lora | None,
+    examples: Sequence[Example],
+    reader: Reader,
+    *,
+    mesh: Mesh,
+    max_completion_length: int,
+    **sizes: int,
+) -> list[list[float]]:
+    """The log-prob, summed over its tokens, of each completion that the examples bring."""
+    group = max(len(example.completions) for example in examples)
+    logps = []
+    for batch, prompts in read_batches(examples, reader, params, lora, mesh=mesh, **sizes):
+        ids = np.full((len(prompts.ids), group, max_completion_length), reader.config.pad_id, np.int32)
+        lengths = []
+        for row, of_row in zip(batch, ids, strict=False):
+            lengths.append([])
+            for tokens, line in zip(given_tokens(row.example, reader), of_row, strict=False):
+                line[: len(tokens)] = tokens
+                lengths[-1].append(len(tokens))
+        # One prompt at a time: in memory there is then never more than one group, however large the batch.
+        stats = score(
+            params,
+            lora,
+            prompts,
+            split_over_data(ids, mesh),
+            config=reader.config,
+            mesh=mesh,
+            temperature=1.0,
+            micro_batch=1,
+        )
+        for of_row, of_lengths in zip(np.asarray(stats.logps, np.float64), lengths, strict=False):
+            logps.append([float(line[:n].sum()) for line, n in zip(of_row, of_lengths, strict=False)])
+    return logps
+
+
+def that_fit(examples: list[Example], reader: Reader, limit: int, name: str) -> list[Example]:
+    """Leave out examples whose prompt is too long, and say how many: a prompt is never cut."""
+    fitting = [example for example in examples if reader.length(example) <= limit]
+    if len(fitting) < len(examples):
+        left_out = len(examples) - len(fitting)
+        print(f"{name}: {left_out} of {len(examples)} prompts are longer than {limit} tokens and left out")
+    if not fitting:
+        raise ValueError(f"{name}: none of {len(examples)} prompts is within --max-prompt-length {limit}; raise it")
+    return fitting
+
+
+def load_held_out(data: str, split: str, limit: int, *, skip_missing_images: bool = False) -> list[Example]:
+    """Examples to evaluate on: `split` of a dataset, at most `limit` (0: all; of synthetic, which has no end, 384)."""
+    if data == "synthetic":
+        return synthetic("test", limit or 384, 0)
+    examples = load_dataset(data, split, skip_missing_images=skip_missing_images)
+    return examples[:limit] if limit else examples
+
+
+def trained_on(data: str, run: dict) -> bool:
+    """Whether the run of these settings trained on part of this dataset: this name or path, or a copy of MathVista."""
+    trained = run.get("data")
+    if data == trained or trained is None or "synthetic" in (data, trained):
+        return data == trained
+    is_known = trained in NAMES or Path(trained).exists()
+    return is_known and kind(trained) == kind(data) == "mathvista"
+
+
+def resolve_settings(settings: EvalSettings, run: dict) -> EvalSettings:
+    """Fill in what was not given: as in training where it is the run's data, else as train.py would train on it."""
+    data = settings.data or run.get("eval_data") or run.get("data") or "synthetic"
+    like = asdict(resolve_defaults(Settings(data=data, format=run.get("format", "answer"))))
+    if data in (run.get("data"), run.get("eval_data")):
+        like |= {name: value for name, value in run.items() if name not in ("dtype", "data", "out")}
+    like |= {
+        "data": data,
+        "split": "test" if data == "synthetic" or trained_on(data, run) else "all",
+        "out": Path(settings.ckpt if run else ".", "eval.json"),
+    }
+    missing = [name for name, value in asdict(settings).items() if value is None and name != "model"]
+    return replace(settings, **{name: like[name] for name in missing})
+
+
+def shown(examples: list[Example], pictures: str, seed: int) -> list[Example]:
+    """The examples with their pictures, with blank ones, or with those of others: does the model look at them?"""
+    if pictures == "given":
+        return examples
+    places = [i for i, example in enumerate(examples) if example.images]
+    if len(places) < (2 if pictures == "shuffled" else 1):
+        raise ValueError(f"--pictures {pictures}: {len(places)} of {len(examples)} examples have any; leave it out")
+    order = np.random.default_rng(seed).permutation(places)
+    other = dict(zip(order, np.roll(order, 1), strict=True))
+    blank = io.BytesIO()
+    Image.new("RGB", (32, 32), (240, 240, 240)).save(blank, "PNG")
+
+    def images(i: int) -> tuple:
+        return (blank.getvalue(),) * len(examples[i].images) if pictures == "blank" else examples[other[i]].images
+
+    return [replace(example, images=images(i)) if i in other else example for i, example in enumerate(examples)]
+
+
+def by_purpose(examples: list[Example], reader: Reader, limit: int, name: str) -> tuple[list[Example], list[Example]]:
+    """(examples to sample completions of, examples whose own completions are compared); what cannot be is counted."""
+    asked = [example for example in examples if not example.completions]
+    given = [example for example in examples if example.completion_rewards]
+    if unrewarded := len(examples) - len(asked) - len(given):
+        print(f"{name}: left out {unrewarded} of {len(examples)} rows, whose completions have no rewards to compare by")
+    fitting = [example for example in given if max(map(len, given_tokens(example, reader))) <= limit]
+    if len(fitting) < len(given):
+        left_out = len(given) - len(fitting)
+        print(f"{name}: left out {left_out} of {len(examples)} rows, with completions longer than {limit} tokens")
+    if not (asked or fitting):
+        raise ValueError(f"{name}: no row is left to evaluate; raise --max-completion-length or give rows rewards")
+    return asked, fitting
+
+
+def given_rewards(examples: list[Example], reader: Reader, spec: str, max_tokens: int) -> list[list[float]]:
+    """What --reward says about each completion that the examples bring."""
+    flat = [(text, example) for example in examples for text in example.completions]
+    lengths = [len(tokens) for example in examples for tokens in given_tokens(example, reader)]
+    scores = make_scorer(spec, reader.format, max_tokens=max_tokens)(
+        [text for text, _ in flat],
+        [example for _, example in flat],
+        num_tokens=lengths,
+        finished=[True] * len(flat),
+        prompts=[reader.tokenizer.render_chat(reader.chat(example)) for _, example in flat],
+    )
+    totals = iter(scores.total)
+    return [list(itertools.islice(totals, len(example.completions))) for example in examples]
+
+
+def judge(results: list[list[Result]], dataset: str, settings: EvalSettings, name: str) -> dict:
+    """All figures of one model's completions: our own and those customary for the dataset, whose files are written."""
+    figures = summary(results)
+    if settings.num_samples > 1:
+        figures["samples"] = over_samples(results, settings.format)
+    if dataset == "synthetic":
+        figures["by"] = by_metadata(results, ("kind", "question"))
+    elif dataset == "gsm8k":
+        figures["gsm8k"] = gsm8k_figures(results, None if settings.prompt == "bare" else settings.format)
+    elif dataset == "mathvista":
+        scored = score_mathvista(results, settings.scorer)
+        stem = settings.out.stem
+        write_output(settings.out.with_name(f"{stem}_output_{name}.json"), scored.examples, scored.records)
+        write_scores(settings.out.with_name(f"{stem}_scores_{name}.json"), scored.scores, scorer=settings.scorer)
+        figures["mathvista"] = scored.figures
+    return figures
+
+
+def compare(examples: list[Example], rewards: list[list[float]], logps: list[list[float]]) -> dict:
+    """Preference accuracy: does the policy, and does the reward, prefer what the data prefers?"""
+    return {"policy": preference_accuracy(examples, logps), "reward": preference_accuracy(examples, rewards)}
+
+
+def result_lines(name: str, results: list[list[Result]]) -> Iterator[dict]:
+    """One line of the results file for each completion."""
+    for result in itertools.chain.from_iterable(results):
+        line = {"model": name, "id": result.example.id, "answer": result.example.answer}
+        yield line | {field: getattr(result, field) for field in ("completion", "correct", "well_formed", "finished")}
+
+
+def preference_lines(
+    name: str, examples: list[Example], rewards: list[list[float]], logps: list[list[float]]
+) -> Iterator[dict]:
+    """One line of the results file for each example that brings completions; a reward of NaN is null, as JSON wants."""
+    for example, by_reward, by_policy in zip(examples, rewards, logps, strict=True):
+        stated = [None if isnan(reward) else reward for reward in by_reward]
+        yield {"model": name, "id": example.id, "rewards": stated, "logps": by_policy}
+
+
+def report(figures: dict[str, dict], lines: list[dict], dataset: str, settings: EvalSettings) -> None:
+    """Print the table of all figures, and write eval.json and the results file."""
+    if dataset == "mathvista":
+        print(f"MathVista's score is that of its {settings.scorer} scorer: what it cannot read is the nearest choice")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table(figures))
+    completions = settings.out.with_name(f"{settings.out.stem}_results.jsonl")
+    with completions.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_json(settings.out, {"settings": asdict(settings), "results": completions.name} | figures)
+    print(f"written to {settings.out}, and each completion to {completions}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    typed = parse(EvalSettings, argv, prog="eval.py", description=__doc__.splitlines()[0])
+    if typed.virtual_devices:
+        simulate_devices(typed.virtual_devices)
+    models, run = find_models(typed.ckpt, typed.model, typed.base)
+    settings = resolve_settings(typed, run)
+    dataset = "synthetic" if settings.data == "synthetic" else kind(settings.data)
+    if settings.split == "all" and trained_on(settings.data, run):
+        print("note: --split all includes examples that this run trained on")
+    mesh = make_mesh(*mesh_shape(settings.mesh))
+    directory = resolve(next(iter(models.values()))[0])
+    config = read_config(directory)
+    check_mesh(config, mesh)
+    tokenizer = Tokenizer(directory, config)
+    reader = Reader(config, tokenizer, settings.prompt, settings.format, settings.pan_and_scan)
+
+    examples = load_held_out(
+        settings.data, settings.split, settings.limit, skip_missing_images=settings.skip_missing_images
+    )
+    examples = that_fit(
+        shown(examples, settings.pictures, settings.seed), reader, settings.max_prompt_length, settings.data
+    )
+    asked, given = by_purpose(examples, reader, settings.max_completion_length, settings.data)
+    rewards = given_rewards(given, reader, settings.reward, settings.max_completion_length) if given else []
+    sizes = {
+        "mesh": mesh,
+        "max_prompt_length": settings.max_prompt_length,
+        "max_completion_length": settings.max_completion_length,
+        "max_images": max(reader.max_pictures(example) for example in examples),
+        "batch_size": min(settings.batch_size, max(len(asked), len(given))),
+    }
+    sampling = {
+        "num_samples": settings.num_samples,
+        "sampling": Sampling(settings.temperature),
+        "seed": settings.seed,
+    }
+
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    figures, lines = {}, []
+    for model, named in itertools.groupby(models.items(), key=lambda item: item[1][0]):
+        _, params = load_checkpoint(model, jnp.dtype(settings.dtype), mesh)
+        for name, (_, adapter) in named:
+            lora = load_adapter(adapter, config, mesh) if adapter else None
+            figures[name] = {}
+            if asked:
+                results = evaluate(params, lora, asked, reader, **sizes, **sampling)
+                figures[name] |= judge(results, dataset, settings, name)
+                lines += result_lines(name, results)
+                print(spoken(name, figures[name]))
+            if given:
+                logps = given_logps(params, lora, given, reader, **sizes)
+                figures[name]["preference"] = compare(given, rewards, logps)
+                lines += preference_lines(name, given, rewards, logps)
+        del params  # before the next model is read
+    report(figures, lines, dataset, settings)
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

@@ -1,0 +1,338 @@
+"""One step of training: draw groups of completions, reward them, compare within each group, update.
+
+What a completion is worth and how an example is asked are callables of the caller: nothing here knows a dataset or a
+reward. Supervised training on given solutions is the same step without the drawing.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gemma3.config import Config
+from gemma3.lora import Lora
+from gemma3.model import Params
+from gemma3.sample import Prompts, Sampling
+from gemma3.tokenizer import Tokenizer
+from grpo.algorithm import (
+    LossBatch,
+    LossConfig,
+    group_advantages,
+    leave_one_out_advantages,
+    mask_truncated,
+    token_weights,
+    zero_std_groups,
+)
+from grpo.rollout import Rollout, Row, place_prompts, roll_out, split_over_data, take_rows
+from grpo.settings import Settings
+from grpo.update import Trainable, policy, score, update
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of training needs and does not change."""
+
+    settings: Settings
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    frozen: Params
+    optimizer: optax.GradientTransformation
+    loss: LossConfig
+    scorer: Callable  # (completions, examples, num_tokens=, finished=, prompts=) -> .total and .parts, by part's name
+    is_right: Callable[[str, Any], bool]  # (completion, example)
+    solution: Callable[[Any], str]  # what supervised training teaches for an example
+    render: Callable[[Any], str]  # the prompt of an example, for people to read
+    allowed: jax.Array  # bool[V]
+    max_images: int
+    micro_batch: int
+
+    @property
+    def compute(self) -> dict:
+        """The static settings of every function that runs the model."""
+        return {
+            "config": self.config,
+            "mesh": self.mesh,
+            "temperature": self.settings.temperature,
+            "micro_batch": self.micro_batch,
+        }
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.settings.dtype)
+
+    def place(self, rows: list[Row], params: Params, lora: Lora | None) -> Prompts:
+        return place_prompts(
+            [row.prompt for row in rows],
+            [row.place for row in rows],
+            params,
+            lora,
+            config=self.config,
+            mesh=self.mesh,
+            max_prompt_length=self.settings.max_prompt_length,
+            max_images=self.max_images,
+            keep_pixels=self.settings.train_vision or (lora is not None and lora.vision is not None),
+        )
+
+
+class Scored(NamedTuple):
+    """A rollout with its rewards, on the host but for the rollout's arrays."""
+
+    rows: list[Row]
+    rollout: Rollout
+    completions: list[list[str]]  # [Q][G]
+    rewards: np.ndarray  # float32[Q, G], NaN where nothing could be scored
+    parts: dict[str, np.ndarray]  # each part's [Q, G]
+    correct: np.ndarray  # bool[Q, G]
+    seconds: float  # that rewarding took
+
+
+def given_completions(step: Step, rows: list[Row], texts: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32[Q, G, C] and mask of completions that were not sampled, each ended as the model ends its turn."""
+    s = step.settings
+    group = 1 if s.objective == "sft" else s.num_generations
+    ids = np.full((len(rows), group, s.max_completion_length), step.config.pad_id, np.int32)
+    for row, own, of_row in zip(rows, texts, ids, strict=True):
+        if len(own) > group:
+            raise ValueError(
+                f"example {row.example.id} brings {len(own)} completions; --num-generations {group} is too few"
+            )
+        for text, line in zip(own, of_row, strict=False):
+            tokens = [*step.tokenizer.encode(text), step.config.stop_ids[-1]][: len(line)]
+            line[: len(tokens)] = tokens
+    return ids, ids != step.config.pad_id
+
+
+def draw(step: Step, params: Params, lora: Lora | None, rows: list[Row], number: int) -> Rollout:
+    """The completions of a step's prompts: sampled, but for rows that bring their own."""
+    s = step.settings
+    prompts = step.place(rows, params, lora)
+    given = np.array([bool(row.example.completions) for row in rows])
+    # An empty prompt is not sampled. It is placed as the others are, or sampling would be compiled again.
+    asked = jax.device_put(jnp.where(given[:, None], step.config.pad_id, prompts.ids), prompts.ids.sharding)
+    rollout = roll_out(
+        params,
+        lora,
+        prompts._replace(ids=asked, pixels=None),
+        jax.random.fold_in(jax.random.key(s.seed), number),
+        step.allowed,
+        config=step.config,
+        mesh=step.mesh,
+        num_generations=s.num_generations,
+        max_completion_length=s.max_completion_length,
+        sampling=Sampling(s.temperature, s.top_k, s.top_p),
+    )._replace(prompts=prompts)
+    if not given.any():
+        return rollout
+    ids, mask = given_completions(step, rows, [list(row.example.completions) for row in rows])
+    ended = np.isin(ids, step.config.stop_ids).any(axis=-1)
+    own = given[:, None, None]
+    ids = jnp.where(own, ids, rollout.completion_ids)
+    logps = score(params, lora, prompts, ids, **step.compute).logps
+    return rollout._replace(
+        completion_ids=ids,
+        completion_mask=jnp.where(own, mask, rollout.completion_mask),
+        sampler_logps=jnp.where(own, logps, rollout.sampler_logps),
+        finished=jnp.where(given[:, None], ended, rollout.finished),
+    )
+
+
+def judge_rollout(step: Step, rows: list[Row], rollout: Rollout) -> Scored:
+    """Decode the completions and reward them; rows that bring rewards of their own keep these.
+
+    FloatingPointError where the model's log-probs are not finite, so that what it drew means nothing.
+    """
+    ids, mask, finished, logps = jax.device_get(
+        (rollout.completion_ids, rollout.completion_mask, rollout.finished, rollout.sampler_logps)
+    )
+    if not np.isfinite(logps[mask]).all():
+        raise FloatingPointError("the model's log-probs are not finite")
+    started = time.perf_counter()
+    tokenizer, shape = step.tokenizer, mask.shape[:2]
+    texts = [[tokenizer.decode(i[m]) for i, m in zip(*group, strict=True)] for group in zip(ids, mask, strict=True)]
+    repeated = [row.example for row in rows for _ in range(shape[1])]
+    flat = [text for group in texts for text in group]
+    scores = step.scorer(
+        flat,
+        repeated,
+        num_tokens=mask.sum(axis=-1).reshape(-1).tolist(),
+        finished=finished.reshape(-1).tolist(),
+        prompts=[step.render(example) for example in repeated],
+    )
+    rewards = np.array(scores.total, np.float32).reshape(shape)
+    for row, of_row in zip(rows, rewards, strict=True):
+        if row.example.completion_rewards:
+            of_row[: len(row.example.completion_rewards)] = row.example.completion_rewards
+    parts = {name: np.array(values, np.float32).reshape(shape) for name, values in scores.parts.items()}
+    for values in (rewards, *parts.values()):
+        values[~mask.any(axis=-1)] = np.nan  # what fills a group up to G
+    correct = [step.is_right(text, example) for text, example in zip(flat, repeated, strict=True)]
+    correct = np.array(correct).reshape(shape)
+    return Scored(rows, rollout, texts, rewards, parts, correct, time.perf_counter() - started)
+
+
+def collect(step: Step, params: Params, lora: Lora | None, rows: Iterator[Row], number: int) -> tuple[Scored, int]:
+    """One step's rewarded completions, and how many prompts they took.
+
+    With --dynamic-sampling, groups whose rewards are all equal make room for those of further prompts (DAPO,
+    arXiv 2503.14476, section 3.2), until all groups teach something or that many further batches were drawn.
+    """
+    size, batches = step.settings.prompts_per_step, []
+    for _ in range(1 + step.settings.dynamic_sampling):
+        batch = list(itertools.islice(rows, size))
+        batches.append(judge_rollout(step, batch, draw(step, params, lora, batch, number)))
+        rewards = np.concatenate([scored.rewards for scored in batches])
+        dull = np.asarray(zero_std_groups(rewards))
+        if (~dull).sum() >= size:
+            break
+    if len(batches) == 1:
+        return batches[0], size
+    chosen = np.sort(np.argsort(dull, kind="stable")[:size])
+
+    def pick(lists):
+        joined = [item for items in lists for item in items]
+        return [joined[i] for i in chosen]
+
+    scored = Scored(
+        rows=pick(scored.rows for scored in batches),
+        rollout=take_rows([scored.rollout for scored in batches], chosen),
+        completions=pick(scored.completions for scored in batches),
+        rewards=rewards[chosen],
+        parts={name: np.concatenate([s.parts[name] for s in batches])[chosen] for name in batches[0].parts},
+        correct=np.concatenate([scored.correct for scored in batches])[chosen],
+        seconds=sum(scored.seconds for scored in batches),
+    )
+    return scored, size * len(batches)
+
+
+def log_probs(step: Step, params: Params, lora: Lora | None, rollout: Rollout) -> jax.Array:
+    """The log-probs of a rollout's tokens under some policy, float32[Q, G, C]."""
+    return score(params, lora, rollout.prompts, rollout.completion_ids, **step.compute).logps
+
+
+def mean_and_std(values: np.ndarray) -> tuple[float, float]:
+    """Of those that are known: not NaN, as is a part of the reward that could not judge a completion."""
+    known = values[~np.isnan(values)]
+    return known.mean() if known.size else np.nan, known.std(ddof=1) if known.size > 1 else np.nan
+
+
+def group_metrics(scored: Scored) -> dict[str, float]:
+    """What rewards and completions say about a step, under TRL's names."""
+    mask, finished = jax.device_get((scored.rollout.completion_mask, scored.rollout.finished))
+    lengths = mask.sum(axis=-1)[mask.any(axis=-1)]
+    ended = mask.sum(axis=-1)[finished]
+    metrics = {
+        "frac_reward_zero_std": np.mean(np.asarray(zero_std_groups(scored.rewards))),
+        "accuracy": scored.correct[mask.any(axis=-1)].mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1.0 - len(ended) / len(lengths),
+        "completions/mean_terminated_length": ended.mean() if len(ended) else np.nan,
+        "num_tokens": lengths.sum(),
+    }
+    metrics["reward"], metrics["reward_std"] = mean_and_std(scored.rewards)
+    for name, values in scored.parts.items():
+        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_and_std(values)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def describe(scored: Scored, advantages: np.ndarray, step: Step) -> list[dict]:
+    """The lines of samples.jsonl: each prompt, and its completions with rewards by part and advantage."""
+    finished = jax.device_get(scored.rollout.finished)
+    groups = []
+    for q, row in enumerate(scored.rows):
+        completions = [
+            {
+                "text": text,
+                "reward": scored.rewards[q, g],
+                "rewards": {name: values[q, g] for name, values in scored.parts.items()},
+                "correct": scored.correct[q, g],
+                "advantage": advantages[q, g],
+                "finished": finished[q, g],
+            }
+            for g, text in enumerate(scored.completions[q])
+        ]
+        chat = step.render(row.example)
+        groups.append({"id": row.example.id, "prompt": chat, "answer": row.example.answer, "completions": completions})
+    return groups
+
+
+def grpo_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], number: int):
+    """One step of GRPO: draw groups, reward them, compare within each group, update."""
+    s, started = step.settings, time.perf_counter()
+    params, lora = policy(trainable, step.frozen, step.dtype)
+    scored, drawn = collect(step, params, lora, rows, number)
+    rollout, sampled = scored.rollout, time.perf_counter()
+
+    if s.advantage == "leave-one-out":
+        advantages = leave_one_out_advantages(scored.rewards)
+    else:
+        advantages = group_advantages(scored.rewards, scale_rewards=s.scale_rewards)
+    mask = rollout.completion_mask
+    if s.mask_truncated_completions:
+        mask = mask_truncated(mask, rollout.finished)
+    batch = LossBatch(
+        advantages=split_over_data(advantages, step.mesh),
+        completion_mask=mask,
+        weights=token_weights(s.loss_type, mask, max_completion_length=s.max_completion_length),
+        # Samples used once are from the policy itself: its log-probs in the first update are the old ones.
+        old_logps=log_probs(step, params, lora, rollout) if s.num_iterations > 1 else None,
+        ref_logps=log_probs(step, step.frozen, None, rollout) if s.beta else None,
+        sampler_logps=rollout.sampler_logps,
+    )
+    for _ in range(s.num_iterations):
+        trainable, opt_state, metrics = update(
+            trainable,
+            opt_state,
+            step.frozen,
+            rollout.prompts,
+            rollout.completion_ids,
+            batch,
+            optimizer=step.optimizer,
+            dtype=step.dtype,
+            loss=step.loss,
+            **step.compute,
+        )
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics |= group_metrics(scored) | {"prompts_drawn": drawn}
+    metrics["lora_norm" if isinstance(trainable, Lora) else "weight_norm"] = float(optax.global_norm(trainable))
+    ended, rolling = time.perf_counter(), sampled - started - scored.seconds
+    metrics |= {"time/rollout": rolling, "time/reward": scored.seconds, "time/update": ended - sampled}
+    metrics |= {"step_time": ended - started, "tokens_per_second": metrics["num_tokens"] / rolling}
+    return trainable, opt_state, metrics, describe(scored, np.asarray(advantages), step)
+
+
+def sft_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row]):
+    """One step of supervised training: raise the log-probs of the dataset's own solutions."""
+    s, started = step.settings, time.perf_counter()
+    batch_rows = list(itertools.islice(rows, s.prompts_per_step))
+    params, lora = policy(trainable, step.frozen, step.dtype)
+    texts = [[step.solution(row.example)] for row in batch_rows]
+    ids, mask = given_completions(step, batch_rows, texts)
+    put = lambda array: split_over_data(array, step.mesh)  # noqa: E731
+    weights = token_weights("dapo", jnp.asarray(mask), max_completion_length=s.max_completion_length)
+    batch = LossBatch(put(np.zeros(mask.shape[:2], np.float32)), put(mask), put(weights), old_logps=None)
+    trainable, opt_state, metrics = update(
+        trainable,
+        opt_state,
+        step.frozen,
+        step.place(batch_rows, params, lora),
+        put(ids),
+        batch,
+        optimizer=step.optimizer,
+        dtype=step.dtype,
+        loss=None,
+        **step.compute,
+    )
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics["completions/mean_length"] = float(mask.sum() / len(batch_rows))
+    metrics["step_time"] = time.perf_counter() - started
+    return trainable, opt_state, metrics

@@ -1,0 +1,367 @@
+"""GRPO for Gemma 3: from a checkpoint and a dataset with checkable answers to an adapter.
+
+    python train.py                    # the embedded nano model on the embedded task, minutes on a laptop
+    python train.py --model google/gemma-3-4b-it --mesh 2,4 --data mathvista
+
+The loop is at the bottom; the algorithm is grpo/algorithm.py, the model gemma3/.
+"""
+
+import itertools
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from data import kind, load_dataset
+from data.example import Example
+from data.mathvista import TRAINING_NOTICE
+from data.prompt import demonstration
+from data.synthetic import synthetic
+from eval import Reader, by_purpose, evaluate, given_logps, load_held_out, read_rows, that_fit
+from gemma3.adapter import load_adapter
+from gemma3.config import NANO, Config
+from gemma3.config_json import read_config
+from gemma3.hub import resolve
+from gemma3.lora import LoraConfig, init_lora
+from gemma3.mesh import check_mesh, make_mesh, shardings, simulate_devices
+from gemma3.model import Params, init_params
+from gemma3.sample import choose_gather, decoding_bytes, device_memory
+from gemma3.tokenizer import Tokenizer
+from gemma3.tokenizer_training import train_tokenizer, write_hugging_face_files
+from gemma3.weights import load_checkpoint, save_checkpoint
+from grpo import checkpoint
+from grpo.cli import clean_errors, parse
+from grpo.log import RunLog, write_json
+from grpo.settings import Settings, check_batch, loss_config, mesh_shape, resolve_defaults
+from grpo.step import Step, grpo_step, sft_step
+from grpo.update import Trainable, init_optimizer, make_optimizer, make_schedule, policy
+from reward import make_scorer
+from reward.report import is_right, preference_accuracy, spoken, summary
+
+SYNTHETIC_SIZE = 24_576  # training examples of the embedded task
+
+
+def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and held-out ones that share none with them."""
+    if settings.data == "synthetic":
+        teacher = "hasty" if settings.objective == "sft" else "exact"
+        train = synthetic("train", SYNTHETIC_SIZE, settings.seed, teacher=teacher)
+    else:
+        if kind(settings.data) == "mathvista":
+            print(TRAINING_NOTICE)
+        split = "all" if settings.eval_data else "train"
+        train = load_dataset(settings.data, split, skip_missing_images=settings.skip_missing_images)
+    held_out = load_held_out(
+        settings.eval_data or settings.data,
+        "all" if settings.eval_data else "test",
+        settings.eval_limit,
+        skip_missing_images=settings.skip_missing_images,
+    )
+    for name, part in (("train on", train), ("hold out", held_out)):
+        if not part:
+            raise ValueError(
+                f"--data {settings.data} is too small: none of its rows is left to {name}; add rows"
+                " or give other rows as --eval-data"
+            )
+    return train, held_out
+
+
+def solution(example: Example, format: str) -> str:
+    """What supervised training teaches: the completion an example brings, or its reference solution in our format."""
+    return example.completions[0] if example.completions else demonstration(example, format)
+
+
+def with_short_solutions(examples: list[Example], tokenizer: Tokenizer, settings: Settings) -> list[Example]:
+    """Leave out examples whose solution is too long to be shown whole, and say how many."""
+    limit = settings.max_completion_length
+    short = [example for example in examples if len(tokenizer.encode(solution(example, settings.format))) < limit]
+    if len(short) < len(examples):
+        left_out = len(examples) - len(short)
+        print(f"training data: {left_out} of {len(examples)} solutions are longer than {limit} tokens and left out")
+    if not short:
+        raise ValueError(f"no solution is within --max-completion-length {limit}; raise it")
+    return short
+
+
+def new_nano(directory: Path, examples: list[Example], seed: int) -> Path:
+    """A nano model that knows nothing: random weights, and a tokenizer of what `examples` ask and answer."""
+    if not (directory / "config.json").is_file():
+        params = init_params(jax.random.key(seed), NANO)
+        save_checkpoint(directory, NANO, params)
+        texts = [text for example in examples[:4000] for text in (example.question, solution(example, "answer"))]
+        train_tokenizer([*texts, *["user\n", "model\n"] * 100], directory, NANO.vocab_size)
+        write_hugging_face_files(directory, NANO)
+    return directory
+
+
+def initial_policy(settings: Settings, config: Config, params: Params, mesh: Mesh) -> tuple[Trainable, Params]:
+    """What is trained, in float32, and what stays frozen beside it: for whole weights just what the reference needs."""
+
+    if settings.lora_r:
+        if settings.adapter:
+            return load_adapter(settings.adapter, config, mesh), params
+        lora = LoraConfig(
+            settings.lora_r, settings.lora_alpha, settings.lora_rslora, settings.lora_targets, settings.lora_vision
+        )
+        fresh = init_lora(jax.random.key(settings.seed), config, lora)
+        return jax.device_put(fresh, shardings(fresh, config, mesh)), params
+    if settings.adapter:
+        raise ValueError("--adapter continues an adapter, and --lora-r 0 trains whole weights; leave one of them out")
+    # A copy, since the update reuses the memory of what it is given.
+    master = jax.tree.map(lambda x: x.astype(jnp.float32) + 0, params if settings.train_vision else params.text)
+    master = jax.device_put(master, shardings(master, config, mesh))
+    return master, params if settings.beta else Params(None, None if settings.train_vision else params.vision)
+
+
+def decoding(settings: Settings, params: Params, config: Config, mesh: Mesh) -> str:
+    """A sentence on how the sampler holds the weights, and what it needs."""
+    needed = decoding_bytes(
+        params,
+        config=config,
+        mesh=mesh,
+        prompts=settings.prompts_per_step,
+        group=settings.num_generations,
+        prompt_length=settings.max_prompt_length,
+        length=settings.max_completion_length,
+    )
+    return choose_gather(needed, device_memory())[1]
+
+
+def git_commit() -> str | None:
+    """The commit of this code, or None where it is no git checkout or there is no git."""
+    if shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip() or None
+
+
+def described(settings: Settings) -> dict:
+    """What config.json of a run holds: the resolved flags, and what they ran on."""
+    packages = ("jax", "jaxlib", "numpy", "optax", "sentencepiece", "pillow", "safetensors")
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    return {
+        "settings": flags,
+        "command": " ".join(["python", *sys.argv]),
+        "packages": {name: version(name) for name in packages},
+        "git": git_commit(),
+        "devices": f"{len(jax.devices())} {jax.devices()[0].device_kind}",
+    }
+
+
+def spelled_out(settings: Settings) -> str:
+    """The resolved flags by topic, for the terminal."""
+    topics = {}
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        topics.setdefault(entry.metadata["group"], []).append(f"{entry.name}={shown}")
+    indent = " " * 11
+    return "\n".join(
+        textwrap.fill(f"{topic:<11}{'  '.join(values)}", width=110, subsequent_indent=indent, break_on_hyphens=False)
+        for topic, values in topics.items()
+    )
+
+
+def stored_settings(run: Path) -> Settings:
+    """The settings that a run was started with, to continue it; ValueError where there is no such run."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {run}: there is no run, since {path} does not exist")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        typed = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        adapter = typed["adapter"] and Path(typed["adapter"])
+        return Settings(**typed | {"out": run, "adapter": adapter, "resume": run, "resume_step": None})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {run}: {path} is damaged or of another version ({error})") from error
+
+
+def shuffled(size: int, seed: int, start: int) -> Iterator[int]:
+    """Indices of a dataset, from place `start` on, endlessly: each epoch is a permutation fixed by the seed."""
+    for epoch in itertools.count(start // size):
+        yield from np.random.default_rng([seed, epoch]).permutation(size)[start % size :].tolist()
+        start = 0
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM once: finish the step and save. Twice: stop at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, _) -> None:
+        if self.requested:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.requested = True
+
+
+def train(settings: Settings) -> None:
+    """Run, or continue, the training that `settings` describe."""
+    started = time.perf_counter()
+    mesh = make_mesh(*mesh_shape(settings.mesh))
+    micro_batch = check_batch(settings, mesh)
+    loss = loss_config(settings)
+    examples, held_out = load_examples(settings)
+    if settings.model == "scratch":
+        settings = replace(settings, model=str(new_nano(settings.out / "scratch", examples, settings.seed)))
+    config = read_config(resolve(settings.model))
+    check_mesh(config, mesh)
+    tokenizer = Tokenizer(resolve(settings.model), config)
+    reader = Reader(config, tokenizer, settings.prompt, settings.format, settings.pan_and_scan)
+    scorer = make_scorer(settings.reward, settings.format, max_tokens=settings.max_completion_length)
+    examples = that_fit(examples, reader, settings.max_prompt_length, "training data")
+    if settings.objective == "sft":
+        examples = with_short_solutions(examples, tokenizer, settings)
+    held_out = that_fit(held_out, reader, settings.max_prompt_length, "held-out data")
+    asked, given = by_purpose(held_out, reader, settings.max_completion_length, "held-out data")
+
+    _, params = load_checkpoint(settings.model, jnp.dtype(settings.dtype), mesh)
+    sampler = decoding(settings, params, config, mesh)
+    trainable, frozen = initial_policy(settings, config, params, mesh)
+    del params  # whole weights that are trained need not stay in memory twice
+    rate = make_schedule(
+        settings.learning_rate,
+        settings.steps * settings.num_iterations,
+        warmup_steps=settings.warmup_steps,
+        schedule=settings.lr_scheduler,
+    )
+    optimizer = make_optimizer(
+        rate,
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    opt_state = init_optimizer(optimizer, trainable, config, mesh)
+    step = Step(
+        settings,
+        config,
+        mesh,
+        tokenizer,
+        frozen,
+        optimizer,
+        loss,
+        scorer,
+        is_right=partial(is_right, format=settings.format),
+        solution=partial(solution, format=settings.format),
+        render=lambda example: tokenizer.render_chat(reader.chat(example)),
+        allowed=jnp.asarray(~tokenizer.never_sampled),
+        max_images=max(reader.max_pictures(example) for example in examples + held_out),
+        micro_batch=micro_batch,
+    )
+
+    def measure() -> dict:
+        """Greedy accuracy of the policy as it is now on held-out rows; of rows with completions, its preferences."""
+        now = policy(trainable, frozen, step.dtype)
+        sizes = {
+            "mesh": mesh,
+            "max_prompt_length": settings.max_prompt_length,
+            "max_completion_length": settings.max_completion_length,
+            "max_images": step.max_images,
+            "batch_size": settings.eval_batch,
+        }
+        if asked:
+            return summary(evaluate(*now, asked, reader, **sizes))
+        return preference_accuracy(given, given_logps(*now, given, reader, **sizes))
+
+    done, cursor, before = 0, 0, None
+    if settings.resume:
+        trainable, opt_state, extra, done = checkpoint.restore(
+            settings.out, trainable, opt_state, config=config, mesh=mesh, step=settings.resume_step
+        )
+        cursor, before = extra["cursor"], extra["before"]
+    settings.out.mkdir(parents=True, exist_ok=True)
+    interrupt = Interrupt()
+
+    def save() -> None:
+        checkpoint.save(
+            settings.out,
+            done,
+            trainable,
+            opt_state,
+            config=config,
+            frozen_vision=frozen.vision,
+            base_model=settings.model,
+            extra={"cursor": cursor, "before": before},
+            keep=settings.keep,
+            rslora=settings.lora_rslora,
+        )
+
+    with RunLog(settings.out, settings.steps, resume_step=done if settings.resume else None) as log:
+        write_json(settings.out / "config.json", described(settings))
+        if before is None:
+            before = measure()
+            log.say(spoken("held-out accuracy before", before))
+        log.say(sampler)
+        order = shuffled(len(examples), settings.seed, cursor)
+        rows = read_rows(examples, order, reader, ahead=settings.prompts_per_step, first_place=cursor)
+        while done < settings.steps and not interrupt.requested:
+            try:
+                if settings.objective == "sft":
+                    trainable, opt_state, metrics = sft_step(step, trainable, opt_state, rows)
+                else:
+                    trainable, opt_state, metrics, samples = grpo_step(step, trainable, opt_state, rows, done)
+                    log.samples(done + 1, samples)
+                if not metrics.pop("finite"):
+                    raise FloatingPointError(f"the loss, {metrics['loss']:g}, or its gradient is not finite")
+            except FloatingPointError as error:
+                save()
+                raise ValueError(
+                    f"step {done + 1}: {error}; the update was not applied, and the state before it is saved in "
+                    f"{settings.out}: try a lower --learning-rate"
+                ) from error
+            metrics["learning_rate"] = float(rate(done * settings.num_iterations))
+            done += 1
+            cursor += metrics.get("prompts_drawn", settings.prompts_per_step)
+            if settings.eval_every and done % settings.eval_every == 0 and done < settings.steps:
+                metrics["eval/accuracy"] = measure()["accuracy"]
+            log.metrics(done, metrics)
+            log.progress(done, metrics)
+            if done % settings.save_every == 0 or done == settings.steps:
+                save()
+        if done < settings.steps:
+            save()
+        else:
+            after = measure()
+            write_json(settings.out / "summary.json", {"before": before, "after": after})
+            log.say(spoken("held-out accuracy after ", after))
+    if done < settings.steps:
+        print(f"stopped after step {done}; continue with: python train.py --resume {shlex.quote(str(settings.out))}")
+        return
+    trained = settings.out / ("adapter" if settings.lora_r else "model")
+    print(f"{settings.steps} steps in {(time.perf_counter() - started) / 60:.1f} minutes; the result is {trained}")
+    print(f"evaluate it with: python eval.py --ckpt {settings.out}")
+
+
+def main() -> None:
+    read = partial(parse, Settings, prog="train.py", description=__doc__.splitlines()[0])
+    settings = read()
+    if settings.resume:
+        settings = replace(read(base=stored_settings(settings.resume)), out=settings.resume)
+    if settings.virtual_devices:
+        simulate_devices(settings.virtual_devices)
+    settings = resolve_defaults(settings)
+    print(spelled_out(settings))
+    train(settings)
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()
