@@ -308,10 +308,11 @@ def shown(examples: list[Example], pictures: str, seed: int) -> list[Example]:
 
 def by_purpose(examples: list[Example], reader: Reader, limit: int, name: str) -> tuple[list[Example], list[Example]]:
     """(examples to sample completions of, examples whose own completions are compared); what cannot be is counted."""
-    asked = [example for example in examples if not example.completions]
-    given = [example for example in examples if example.completion_rewards]
-    if unrewarded := len(examples) - len(asked) - len(given):
-        print(f"{name}: left out {unrewarded} of {len(examples)} rows, whose completions have no rewards to compare by")
+    rewarded = [example for example in examples if example.completion_rewards]
+    asked = [e for e in examples if not e.completion_rewards and (e.answer or not e.completions)]
+    given = [example for example in rewarded if len(set(example.completion_rewards)) > 1]
+    if left_out := len(examples) - len(asked) - len(given):
+        print(f"{name}: left out {left_out} of {len(examples)} rows, whose completions' rewards do not differ")
     fitting = [example for example in given if max(map(len, given_tokens(example, reader))) <= limit]
     if len(fitting) < len(given):
         left_out = len(given) - len(fitting)

@@ -82,19 +82,26 @@ def load_examples(settings: Settings) -> tuple[list[Example], list[Example]]:
 
 
 def solution(example: Example, format: str) -> str:
-    """What supervised training teaches: the completion an example brings, or its reference solution in our format."""
+    """What supervised training teaches: the best completion an example brings, or its reference solution."""
+    if example.completion_rewards:
+        return example.completions[int(np.argmax(example.completion_rewards))]
     return example.completions[0] if example.completions else demonstration(example, format)
 
 
-def with_short_solutions(examples: list[Example], tokenizer: Tokenizer, settings: Settings) -> list[Example]:
-    """Leave out examples whose solution is too long to be shown whole, and say how many."""
+def with_short_completions(examples: list[Example], tokenizer: Tokenizer, settings: Settings) -> list[Example]:
+    """Leave out examples whose given completions do not fit, and say how many: none is cut."""
     limit = settings.max_completion_length
-    short = [example for example in examples if len(tokenizer.encode(solution(example, settings.format))) < limit]
+
+    def fits(example: Example) -> bool:
+        texts = [solution(example, settings.format)] if settings.objective == "sft" else example.completions
+        return all(len(tokenizer.encode(text)) < limit for text in texts)  # the end of the turn is one more
+
+    short = [example for example in examples if fits(example)]
     if len(short) < len(examples):
         left_out = len(examples) - len(short)
-        print(f"training data: {left_out} of {len(examples)} solutions are longer than {limit} tokens and left out")
+        print(f"training data: {left_out} of {len(examples)} have completions longer than {limit} tokens, left out")
     if not short:
-        raise ValueError(f"no solution is within --max-completion-length {limit}; raise it")
+        raise ValueError(f"no given completion is within --max-completion-length {limit}; raise it")
     return short
 
 
@@ -228,8 +235,7 @@ def train(settings: Settings) -> None:
     reader = Reader(config, tokenizer, settings.prompt, settings.format, settings.pan_and_scan)
     scorer = make_scorer(settings.reward, settings.format, max_tokens=settings.max_completion_length)
     examples = that_fit(examples, reader, settings.max_prompt_length, "training data")
-    if settings.objective == "sft":
-        examples = with_short_solutions(examples, tokenizer, settings)
+    examples = with_short_completions(examples, tokenizer, settings)
     held_out = that_fit(held_out, reader, settings.max_prompt_length, "held-out data")
     asked, given = by_purpose(held_out, reader, settings.max_completion_length, "held-out data")
 
@@ -341,13 +347,14 @@ def train(settings: Settings) -> None:
         else:
             after = measure()
             write_json(settings.out / "summary.json", {"before": before, "after": after})
-            log.say(spoken("held-out accuracy after ", after))
     if done < settings.steps:
         print(f"stopped after step {done}; continue with: python train.py --resume {shlex.quote(str(settings.out))}")
         return
+    print(spoken("held-out accuracy before", before))
+    print(spoken("held-out accuracy after ", after))
     trained = settings.out / ("adapter" if settings.lora_r else "model")
     print(f"{settings.steps} steps in {(time.perf_counter() - started) / 60:.1f} minutes; the result is {trained}")
-    print(f"evaluate it with: python eval.py --ckpt {settings.out}")
+    print(f"evaluate it with: python eval.py --ckpt {shlex.quote(str(settings.out))}")
 
 
 def main() -> None:

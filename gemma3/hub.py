@@ -6,7 +6,11 @@ from pathlib import Path
 NANO_DIRECTORY = Path(__file__).parent / "nano"
 
 # What a model directory is made of; nothing else is fetched.
-_FILES = ["config.json", "generation_config.json", "tokenizer.model", "*.safetensors", "model.safetensors.index.json"]
+_FILES = [
+    *("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"),
+    # The tokenizer is read from tokenizer.model; the others go along with a model that is written again.
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template*"),
+]
 
 
 def _is_complete(snapshot: Path) -> bool:

@@ -169,7 +169,7 @@ def cispo_surrogate(ratio: jax.Array, logps: jax.Array, advantages: jax.Array, *
 def truncated_importance_weights(
     old_logps: jax.Array, sampler_logps: jax.Array, completion_mask: jax.Array, *, clip_max: float
 ) -> jax.Array:
-    """Corrects for a sampler whose probabilities are not quite the trainer's: another precision, kernel or top-p.
+    """Corrects for a sampler whose probabilities are not quite the trainer's: another precision or another kernel.
 
         w = sg(min(π_old / π_sampler, C_max))
 
@@ -271,7 +271,7 @@ class LossBatch(NamedTuple):
     advantages: jax.Array  # float32[Q, G]
     completion_mask: jax.Array  # bool[Q, G, C]
     weights: jax.Array  # float32[Q, G, C], `token_weights` of the whole batch
-    old_logps: jax.Array  # float32[Q, G, C]
+    old_logps: jax.Array | None  # float32[Q, G, C]; None: those of the first update, of samples used once
     ref_logps: jax.Array | None = None  # float32[Q, G, C], needed where beta > 0
     sampler_logps: jax.Array | None = None  # float32[Q, G, C], needed where importance_sampling_clip_max is set
 

@@ -32,7 +32,7 @@ class EvalSettings:
     )
     max_prompt_length: int | None = flag(None, "tokens; longer prompts are left out", "Data")
     pan_and_scan: bool | None = flag(None, "show long pictures in crops too", "Data")
-    skip_missing_images: bool = flag(False, "leave out rows without their picture", "Data")
+    skip_missing_images: bool | None = flag(None, "leave out rows without their picture", "Data")
 
     scorer: str = flag(
         "current", "MathVista's official one, or that behind its published scores", "Scoring", ["current", "published"]

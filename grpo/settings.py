@@ -11,28 +11,35 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from gemma3.config import NANO
+from gemma3.config_json import read_config
+from gemma3.hub import resolve
 from gemma3.lora import TARGETS
 from gemma3.mesh import DATA
 from grpo.algorithm import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, SCALE_REWARDS, LossConfig
 from grpo.cli import flag
 
 PROMPTS = ("instructed", "role", "hint", "query", "bare")
-# Found on the embedded task: an adapter, and all weights.
+# Found for the nano model on the embedded task: an adapter, and all weights.
 NANO_LEARNING_RATES = (1e-3, 3e-4)
 
 # The least that a number may be; what the algorithm, the sampler and LoRA ask of theirs is said there.
-LEAST = dict.fromkeys(
-    (
-        *("steps", "save_every", "keep", "eval_batch", "max_prompt_length", "max_completion_length"),
-        *("prompts_per_step", "num_generations", "num_iterations", "micro_batch"),
-    ),
-    1,
-) | dict.fromkeys(
-    (
-        *("seed", "eval_every", "eval_limit", "lora_r", "dynamic_sampling", "warmup_steps", "learning_rate"),
-        *("weight_decay", "virtual_devices"),
-    ),
-    0,
+LEAST = (
+    dict.fromkeys(
+        (
+            *("steps", "save_every", "keep", "eval_batch", "max_prompt_length"),
+            *("prompts_per_step", "num_generations", "num_iterations", "micro_batch"),
+        ),
+        1,
+    )
+    | {"max_completion_length": 2}
+    | dict.fromkeys(
+        (
+            *("seed", "eval_every", "eval_limit", "lora_r", "dynamic_sampling", "warmup_steps", "learning_rate"),
+            *("weight_decay", "virtual_devices"),
+        ),
+        0,
+    )
 )
 
 
@@ -49,11 +56,11 @@ class Settings:
     save_every: int = flag(20, "steps between checkpoints", "Run")
     keep: int = flag(2, "checkpoints to keep", "Run")
     eval_every: int = flag(0, "steps between evaluations on held-out examples; 0: only before and after", "Run")
-    eval_limit: int = flag(384, "held-out examples to evaluate on", "Run")
+    eval_limit: int = flag(384, "held-out examples to evaluate on; 0: all", "Run")
     eval_batch: int = flag(128, "examples at a time in evaluation", "Run")
 
-    model: str = flag("nano", "model directory, or a name such as google/gemma-3-4b-it", "Model")
-    adapter: Path | None = flag(None, "PEFT adapter to start from", "Model")
+    model: str = flag("nano", "nano, a directory, a name such as google/gemma-3-4b-it, or scratch: a new nano", "Model")
+    adapter: Path | None = flag(None, "PEFT adapter to start from, with its rank, scale and targets", "Model")
     dtype: str | None = flag(
         None, "of the frozen weights (default bfloat16, on a CPU float32)", "Model", ["bfloat16", "float32"]
     )
@@ -66,55 +73,69 @@ class Settings:
 
     data: str = flag("synthetic", "mathvista, gsm8k, synthetic, or a .jsonl, .parquet or .json file", "Data")
     eval_data: str | None = flag(None, "held-out dataset (default: the held-out part of --data)", "Data")
-    prompt: str | None = flag(None, "wording of the prompt (default instructed; bare for synthetic)", "Data", PROMPTS)
+    prompt: str | None = flag(
+        None, "wording of the prompt (default instructed; for nano on synthetic bare)", "Data", PROMPTS
+    )
     format: str = flag("answer", "tags the model answers in", "Data", ["answer", "solution"])
     reward: str | None = flag(None, "weighted parts, a preset, or my.py:function (default answer=1,format=0.5)", "Data")
     max_prompt_length: int | None = flag(
-        None, "tokens; longer prompts are skipped (default 512; 32 for synthetic)", "Data"
+        None, "tokens; longer prompts are left out (default 512; for nano on synthetic 32)", "Data"
     )
     pan_and_scan: bool = flag(False, "show long pictures in crops too", "Data")
     skip_missing_images: bool = flag(False, "leave out rows without their picture", "Data")
 
     prompts_per_step: int = flag(16, "distinct prompts in a step", "Sampling")
     num_generations: int = flag(8, "completions of each prompt", "Sampling")
-    max_completion_length: int | None = flag(None, "tokens (default 512; 56 for synthetic)", "Sampling")
+    max_completion_length: int | None = flag(None, "tokens (default 512; for nano on synthetic 56)", "Sampling")
     temperature: float = flag(1.0, "of sampling, and of all log-probs", "Sampling")
-    top_k: int = flag(0, "sample from the k likeliest tokens; 0: all", "Sampling")
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: all, which the algorithm assumes", "Sampling")
     top_p: float = flag(1.0, "sample from the likeliest tokens of this total probability", "Sampling")
     dynamic_sampling: int = flag(0, "at most this many further batches to replace groups of equal rewards", "Sampling")
 
     loss_type: str = flag("dapo", "how tokens are weighed, and clipped", "Algorithm", LOSS_TYPES)
-    importance_sampling_level: str = flag("token", "of the ratio", "Algorithm", IMPORTANCE_SAMPLING_LEVELS)
+    importance_sampling_level: str = flag(
+        "token", "of the ratio; gspo is always sequence", "Algorithm", IMPORTANCE_SAMPLING_LEVELS
+    )
     advantage: str = flag(
         "group", "baseline: the group's mean, or that of the others", "Algorithm", ["group", "leave-one-out"]
     )
-    scale_rewards: str = flag("group", "whose standard deviation divides advantages", "Algorithm", SCALE_REWARDS)
-    epsilon: float = flag(0.2, "clip range below", "Algorithm")
-    epsilon_high: float | None = flag(None, "clip range above (default: as below)", "Algorithm")
+    scale_rewards: str = flag(
+        "group", "whose standard deviation divides advantages of --advantage group", "Algorithm", SCALE_REWARDS
+    )
+    epsilon: float = flag(0.2, "clip range below; cispo has none", "Algorithm")
+    epsilon_high: float | None = flag(
+        None, "clip range above (default: as below; for cispo the largest weight, 5)", "Algorithm"
+    )
     delta: float | None = flag(None, "upper clip of the ratio where the advantage is negative", "Algorithm")
-    beta: float = flag(0.0, "weight of the KL to the reference", "Algorithm")
+    beta: float = flag(0.0, "weight of the KL to the base model", "Algorithm")
     use_bias_correction_kl: bool = flag(True, "weigh the KL by the ratio", "Algorithm")
     mask_truncated_completions: bool = flag(False, "leave completions without an end out of the loss", "Algorithm")
     importance_sampling_clip_max: float | None = flag(None, "cap of sampler/trainer importance weights", "Algorithm")
     num_iterations: int = flag(1, "updates on each batch of samples", "Algorithm")
 
-    learning_rate: float | None = flag(None, "peak (default 1e-5; with --lora-r 0 1e-6; nano has its own)", "Optimizer")
+    learning_rate: float | None = flag(
+        None, "peak (default 1e-5; with --lora-r 0 1e-6; for nano on synthetic 1e-3, 3e-4)", "Optimizer"
+    )
     lr_scheduler: str = flag("cosine", "after warm-up: to a tenth, or constant", "Optimizer", ["cosine", "constant"])
-    warmup_steps: int = flag(10, "steps of linear warm-up", "Optimizer")
+    warmup_steps: int = flag(10, "updates of linear warm-up", "Optimizer")
     weight_decay: float = flag(0.0, "of AdamW", "Optimizer")
     adam_beta2: float = flag(0.99, "of AdamW", "Optimizer")
     max_grad_norm: float = flag(1.0, "clip the gradient's global norm", "Optimizer")
     micro_batch: int | None = flag(
-        None, "prompts at a time in the gradient, per data shard (default: all)", "Optimizer"
+        None, "prompts at a time in the gradient, per data shard (default 1; for nano on synthetic all)", "Optimizer"
     )
 
     mesh: str = flag("1,1", "devices: DATA,TENSOR", "Devices")
     virtual_devices: int = flag(0, "simulate this many devices on a CPU", "Devices")
 
 
+def _is_nano(model: str) -> bool:
+    return model == "scratch" or read_config(resolve(model)).hidden_size == NANO.hidden_size
+
+
 def resolve_defaults(settings: Settings) -> Settings:
     """Fill in what depends on the model, the dataset and the machine; ValueError for settings that contradict."""
-    embedded = settings.data == "synthetic"
+    embedded = settings.data == "synthetic" and _is_nano(settings.model)
     defaults = {
         "dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
         "prompt": "bare" if embedded else "instructed",

@@ -288,6 +288,7 @@ def grpo_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
         ref_logps=log_probs(step, step.frozen, None, rollout) if s.beta else None,
         sampler_logps=rollout.sampler_logps,
     )
+    updates = []
     for _ in range(s.num_iterations):
         trainable, opt_state, metrics = update(
             trainable,
@@ -301,7 +302,10 @@ def grpo_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
             loss=step.loss,
             **step.compute,
         )
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        updates.append(metrics)
+    updates = jax.device_get(updates)
+    metrics = {name: float(np.mean([of_one[name] for of_one in updates])) for name in updates[0]}
+    metrics["finite"] = float(min(of_one["finite"] for of_one in updates))
     metrics |= group_metrics(scored) | {"prompts_drawn": drawn}
     metrics["lora_norm" if isinstance(trainable, Lora) else "weight_norm"] = float(optax.global_norm(trainable))
     ended, rolling = time.perf_counter(), sampled - started - scored.seconds

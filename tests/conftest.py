@@ -1,5 +1,6 @@
 """Settings every test shares: eight simulated devices, float32 throughout, no silent broadcasting of ranks."""
 
+import gc
 import os
 
 # Both must stand before jax is imported. A machine with libtpu installed and no TPU would otherwise probe for one.
@@ -18,6 +19,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Drop what a file compiled: each program holds memory maps, of which Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -224,7 +224,7 @@ def test_preference_accuracy_is_that_of_the_log_probs_and_of_the_reward(run, nan
     lines = {line["id"]: line for line in found.lines}
     assert lines["a"]["rewards"] == [1.5, 0.5] and lines["b"]["rewards"] == [0.0, 1.5, 0.0]
     assert lines["c"]["rewards"] == [None, None] and "completion" in lines["e"] and "d" not in lines
-    assert "left out 1 of 5 rows, whose completions have no rewards to compare by" in found.printed
+    assert "left out 1 of 5 rows, whose completions' rewards do not differ" in found.printed
     figures = found.figures["model"]
     # Of b's pairs 2 > 0.5 > 1 in the data, the reward ties the first and has the other two the wrong way round.
     assert figures["preference"]["reward"]["accuracy"] == pytest.approx((1 + 0.5 / 3) / 2)

@@ -3,9 +3,15 @@
 One tiny model with pictures serves most tests: 8 query heads on 2 key/value heads, a window of 8, two stop ids.
 """
 
+import os
+import pickle
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -480,3 +486,76 @@ def test_a_decode_step_moves_little_more_than_it_must(monkeypatch):
     row = roofline.count(CONFIGS["gemma-3-4b-it"], roofline.Setting())
     assert row.least == pytest.approx(2.58e9, rel=0.01)
     assert row.least < row.moved <= 1.10 * row.least
+
+
+# One of two processes: it holds half of the devices, and saves the rows that lie on them.
+WORKER = """
+import pickle
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma3.mesh import DATA, TENSOR, make_mesh, shardings
+from gemma3.sample import Prompts, sample
+
+address, rank, folder = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
+assert (jax.local_device_count(), jax.device_count()) == (4, 8)
+with open(f"{folder}/inputs.pickle", "rb") as file:
+    config, params, lora, ids, allowed, sizes = pickle.load(file)
+mesh = make_mesh(2, 4)
+put = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+split = lambda x, *axes: put(x, NamedSharding(mesh, P(*axes)))
+params, lora = (jax.tree.map(put, tree, shardings(tree, config, mesh)) for tree in (params, lora))
+prompts = Prompts(split(ids, DATA), None, split(np.arange(len(ids)), DATA))
+key = jax.random.wrap_key_data(split(np.asarray(jax.random.key_data(jax.random.key(7)))))
+samples = sample(params, lora, prompts, key, split(allowed, TENSOR), config=config, mesh=mesh, **sizes)
+for name in ("completion_ids", "completion_mask", "logps", "finished"):
+    for shard in getattr(samples, name).addressable_shards:
+        if shard.replica_id == 0:
+            np.save(f"{folder}/{name}.{rank}.{shard.index[0].start or 0}.npy", shard.data)
+np.save(f"{folder}/steps.{rank}.npy", samples.steps.addressable_data(0))
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(tmp_path):
+    """Mesh 2,4 over two processes of four devices each, prompts and stored weights split between them."""
+    pair, (ids, pictures) = stopping_pair(), ragged_prompts([5, 24, 8, 19, 23, 13, 9, 17], [0] * 8)
+    expected = draw(pair, (ids, pictures), mesh=(2, 4), lora=adapter())
+    sizes = {"num_generations": GROUP, "max_completion_length": LENGTH}
+    inputs = (pair.config, *jax.device_get((pair.params, adapter())), ids, ALLOWED, sizes)
+    (tmp_path / "inputs.pickle").write_bytes(pickle.dumps(inputs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, address, str(rank), str(tmp_path)], cwd=Path(__file__).parents[1], env=env
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+    def joined(name: str) -> np.ndarray:
+        """Both processes' rows, each having saved its own half."""
+        (first,), (second,) = (tmp_path.glob(f"{name}.{rank}.*.npy") for rank in range(2))
+        assert [first.name, second.name] == [f"{name}.0.0.npy", f"{name}.1.4.npy"]
+        return np.concatenate([np.load(first), np.load(second)])
+
+    for name in ("completion_ids", "completion_mask", "finished"):
+        np.testing.assert_array_equal(joined(name), getattr(expected, name))
+    np.testing.assert_allclose(joined("logps"), expected.logps, rtol=0, atol=1e-5)
+    assert [np.load(tmp_path / f"steps.{rank}.npy") for rank in range(2)] == [expected.steps] * 2
