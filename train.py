@@ -21,10 +21,12 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from data import kind, load_dataset
@@ -220,9 +222,22 @@ class Interrupt:
         self.requested = True
 
 
-def train(settings: Settings) -> None:
-    """Run, or continue, the training that `settings` describe."""
-    started = time.perf_counter()
+class Setup(NamedTuple):
+    """All that a run starts from."""
+
+    step: Step
+    trainable: Trainable
+    opt_state: optax.OptState
+    rate: optax.Schedule
+    reader: Reader
+    examples: list[Example]  # to train on
+    asked: list[Example]  # held out, to be answered
+    given: list[Example]  # held out, with completions to be compared
+    sampler: str  # a sentence on how it holds the weights
+
+
+def prepare(settings: Settings) -> Setup:
+    """Read model and data, refusing what cannot work before anything is compiled."""
     mesh = make_mesh(*mesh_shape(settings.mesh))
     micro_batch = check_batch(settings, mesh)
     loss = loss_config(settings)
@@ -272,25 +287,36 @@ def train(settings: Settings) -> None:
         max_images=max(reader.max_pictures(example) for example in examples + held_out),
         micro_batch=micro_batch,
     )
+    return Setup(step, trainable, opt_state, rate, reader, examples, asked, given, sampler)
 
-    def measure() -> dict:
-        """Greedy accuracy of the policy as it is now on held-out rows; of rows with completions, its preferences."""
-        now = policy(trainable, frozen, step.dtype)
-        sizes = {
-            "mesh": mesh,
-            "max_prompt_length": settings.max_prompt_length,
-            "max_completion_length": settings.max_completion_length,
-            "max_images": step.max_images,
-            "batch_size": settings.eval_batch,
-        }
-        if asked:
-            return summary(evaluate(*now, asked, reader, **sizes))
-        return preference_accuracy(given, given_logps(*now, given, reader, **sizes))
 
+def measure(setup: Setup, trainable: Trainable) -> dict:
+    """Greedy accuracy of the policy as it is now on held-out rows; of rows with completions, its preferences."""
+    step, settings = setup.step, setup.step.settings
+    now = policy(trainable, step.frozen, step.dtype)
+    sizes = {
+        "mesh": step.mesh,
+        "max_prompt_length": settings.max_prompt_length,
+        "max_completion_length": settings.max_completion_length,
+        "max_images": step.max_images,
+        "batch_size": settings.eval_batch,
+    }
+    if setup.asked:
+        return summary(evaluate(*now, setup.asked, setup.reader, **sizes))
+    return preference_accuracy(setup.given, given_logps(*now, setup.given, setup.reader, **sizes))
+
+
+def train(settings: Settings) -> None:
+    """Run, or continue, the training that `settings` describe."""
+    started = time.perf_counter()
+    setup = prepare(settings)
+    step, trainable, opt_state, *_ = setup
+    setup = setup._replace(trainable=None, opt_state=None)  # what they begin as need not stay in memory
+    settings = step.settings
     done, cursor, before = 0, 0, None
     if settings.resume:
         trainable, opt_state, extra, done = checkpoint.restore(
-            settings.out, trainable, opt_state, config=config, mesh=mesh, step=settings.resume_step
+            settings.out, trainable, opt_state, config=step.config, mesh=step.mesh, step=settings.resume_step
         )
         cursor, before = extra["cursor"], extra["before"]
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -302,8 +328,8 @@ def train(settings: Settings) -> None:
             done,
             trainable,
             opt_state,
-            config=config,
-            frozen_vision=frozen.vision,
+            config=step.config,
+            frozen_vision=step.frozen.vision,
             base_model=settings.model,
             extra={"cursor": cursor, "before": before},
             keep=settings.keep,
@@ -313,11 +339,12 @@ def train(settings: Settings) -> None:
     with RunLog(settings.out, settings.steps, resume_step=done if settings.resume else None) as log:
         write_json(settings.out / "config.json", described(settings))
         if before is None:
-            before = measure()
+            before = measure(setup, trainable)
             log.say(spoken("held-out accuracy before", before))
-        log.say(sampler)
-        order = shuffled(len(examples), settings.seed, cursor)
-        rows = read_rows(examples, order, reader, ahead=settings.prompts_per_step, first_place=cursor)
+        log.say(setup.sampler)
+        order = shuffled(len(setup.examples), settings.seed, cursor)
+        ahead = settings.prompts_per_step
+        rows = read_rows(setup.examples, order, setup.reader, ahead=ahead, first_place=cursor)
         while done < settings.steps and not interrupt.requested:
             try:
                 if settings.objective == "sft":
@@ -333,11 +360,11 @@ def train(settings: Settings) -> None:
                     f"step {done + 1}: {error}; the update was not applied, and the state before it is saved in "
                     f"{settings.out}: try a lower --learning-rate"
                 ) from error
-            metrics["learning_rate"] = float(rate(done * settings.num_iterations))
+            metrics["learning_rate"] = float(setup.rate(done * settings.num_iterations))
             done += 1
             cursor += metrics.get("prompts_drawn", settings.prompts_per_step)
             if settings.eval_every and done % settings.eval_every == 0 and done < settings.steps:
-                metrics["eval/accuracy"] = measure()["accuracy"]
+                metrics["eval/accuracy"] = measure(setup, trainable)["accuracy"]
             log.metrics(done, metrics)
             log.progress(done, metrics)
             if done % settings.save_every == 0 or done == settings.steps:
@@ -345,7 +372,7 @@ def train(settings: Settings) -> None:
         if done < settings.steps:
             save()
         else:
-            after = measure()
+            after = measure(setup, trainable)
             write_json(settings.out / "summary.json", {"before": before, "after": after})
     if done < settings.steps:
         print(f"stopped after step {done}; continue with: python train.py --resume {shlex.quote(str(settings.out))}")
