@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import StoredPicture
+
 # The output formats a prompt can ask for and a reward then expects: (reasoning tag, answer tag).
 FORMATS = {"answer": ("reasoning", "answer"), "solution": ("REASONING", "SOLUTION")}
 
@@ -15,14 +17,15 @@ FORMATS = {"answer": ("reasoning", "answer"), "solution": ("REASONING", "SOLUTIO
 class Example:
     """A question, what it shows, and what a right answer is.
 
-    `images` holds pictures as they were found, a path or the encoded bytes of a file, and nothing is decoded
-    until the picture is needed: a dataset is then as small in memory as its text.
+    `images` holds pictures encoded and where they were found: a path, a place in a temporary file, both read by
+    `read_bytes()`, or, of pictures drawn here, the bytes. Each is read and decoded when it is needed: a dataset is
+    then as small in memory as its text.
     """
 
     id: str  # unique and stable within its dataset: splits and samples are keyed by it
     question: str  # as the dataset words it, without output-format instructions
     answer: str  # the right answer as text; for multiple choice the text of the right choice
-    images: tuple[Path | bytes, ...] = ()
+    images: tuple[Path | StoredPicture | bytes, ...] = ()
     question_type: str = "free_form"  # "free_form" or "multi_choice"
     answer_type: str = "text"  # "text", "integer", "float" or "list"
     choices: tuple[str, ...] = ()  # options A, B, C, ... of a multiple-choice question

@@ -1,10 +1,14 @@
-"""What the datasets share: the split by hash, paths that stay in their folder, reports of bad rows, downloads.
+"""What the datasets share: the split by hash, paths that stay in their folder, pictures kept on the disk, reports of
+bad rows, downloads.
 
 Rests on the standard library and, to download, huggingface_hub.
 """
 
 import hashlib
+import os
+import tempfile
 from pathlib import Path
+from typing import IO, NamedTuple
 
 SPLITS = ("train", "test", "all")
 _SHOWN_PROBLEMS = 5
@@ -33,6 +37,37 @@ def inside(folder: Path, relative: str) -> Path:
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"path {relative!r} leaves {folder}; keep files in that folder and name them relative to it")
     return path
+
+
+class StoredPicture(NamedTuple):
+    """An encoded picture within a file of many, which stays open as long as one of them is wanted.
+
+    It is read as a `Path` is, by `read_bytes()`, and by any number of threads at once: no place in the file is shared.
+    """
+
+    file: IO[bytes]
+    offset: int
+    size: int
+
+    def read_bytes(self) -> bytes:
+        return os.pread(self.file.fileno(), self.size, self.offset)
+
+
+def store_picture(file: IO[bytes], content: bytes) -> StoredPicture:
+    """Append an encoded picture to `file`, a `tempfile.TemporaryFile()`: it has no name and goes with the process.
+
+    Raises RuntimeError where the disk is full; the environment variable TMPDIR chooses another one.
+    """
+    try:
+        offset = file.seek(0, os.SEEK_END)
+        file.write(content)
+        file.flush()  # what waited in the buffer would not be seen by pread
+    except OSError as error:
+        raise RuntimeError(
+            f"pictures cannot be written to a temporary file in {tempfile.gettempdir()} ({error.strerror}); "
+            "set TMPDIR to a folder with more room"
+        ) from error
+    return StoredPicture(file, offset, len(content))
 
 
 def refuse_bad_rows(path: Path, problems: list[str]) -> None:

@@ -1,19 +1,21 @@
 """MathVista: the published Hugging Face parquet files, or the repository's JSON beside its images/ folder.
 
 Schema: github.com/lupantech/MathVista at 53d5258 and of the dataset card of AI4Math/MathVista. Rests on
-pyarrow; pictures stay encoded.
+pyarrow; pictures stay encoded, and on the disk.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet as pq
 
 from data.example import Example
-from data.files import download, find, in_split
+from data.files import StoredPicture, download, find, in_split, store_picture
 from data.prompt import official_query
 
 REPOSITORY = "AI4Math/MathVista"
@@ -25,18 +27,21 @@ TRAINING_NOTICE = (
     "Note: MathVista's licence allows its use as a test set and prohibits training on it "
     "(github.com/lupantech/MathVista, section License); this run trains on part of it because you asked for that."
 )
-# Rows read at once, so that pictures exist twice, in Arrow's memory and in ours, for no more than these.
+# Rows read at once: the pictures of no more than these are in memory.
 _BATCH_ROWS = 32
+_BUFFER_BYTES = 2**20
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes | None]]:
     """Each row of a parquet file with its encoded picture, None where the row has none."""
-    with pq.ParquetFile(path) as file:
+    # By default Arrow reads ahead, and keeps what it read: the whole file in the end.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
         if missing := COLUMNS - set(file.schema_arrow.names):
             raise ValueError(f"{path} is not MathVista: it lacks the columns {', '.join(sorted(missing))}")
         for batch in file.iter_batches(batch_size=_BATCH_ROWS):
             for row in batch.to_pylist():
                 yield row, (row.pop("decoded_image") or {}).get("bytes")
+    pyarrow.default_memory_pool().release_unused()
 
 
 def _json_rows(path: Path) -> Iterator[tuple[dict[str, Any], Path | None]]:
@@ -54,7 +59,7 @@ def _files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} holds no *.parquet and no testmini.json; give the folder or file of {REPOSITORY}")
 
 
-def _example(row: dict[str, Any], picture: Path | bytes | None) -> Example:
+def _example(row: dict[str, Any], picture: Path | StoredPicture | None) -> Example:
     precision = row["precision"]
     example = Example(
         id=row["pid"],
@@ -76,20 +81,22 @@ def load(path: Path | None = None, split: str = "all", *, skip_missing_images: b
     """MathVista's examples in file order, from a parquet or JSON file, a folder of them, or downloaded (None).
 
     `split` is "all", or our own division of the rows, which have no published one: "train" or "test" by
-    `data.files.in_split` of the pid. Pictures are held encoded, as bytes from parquet and as paths from JSON. The
-    query is rebuilt where the file has none.
+    `data.files.in_split` of the pid. Pictures stay encoded and out of memory: those of a parquet file are copied to an
+    unnamed temporary file, JSON has paths. The query is rebuilt where the file has none.
 
     Raises ValueError where rows of the split lack their picture, naming the first and the count, unless
-    `skip_missing_images` leaves them out; also where that leaves nothing.
+    `skip_missing_images` leaves them out; also where that leaves nothing. RuntimeError where the disk is full.
     """
     path = path or download(REPOSITORY, "data/testmini-*.parquet")
-    examples, missing = [], []
+    examples, missing, pictures = [], [], tempfile.TemporaryFile()  # noqa: SIM115 - the examples close it
     for file in _files(path) if path.is_dir() else [path]:
         for row, picture in _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file):
             if not in_split(row["pid"], split):
                 continue
             if picture is None:
                 missing.append(f"pid {row['pid']} of {file} ({row['image']})")
+            if isinstance(picture, bytes):
+                picture = store_picture(pictures, picture)
             if picture is not None or not skip_missing_images:
                 examples.append(_example(row, picture))
     if missing and not skip_missing_images:

@@ -8,6 +8,7 @@ import io
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,11 +25,19 @@ MAX_CROPS = 4
 _MIN_RATIO = 1.2
 
 
-def _open(source: Path | str | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+class Readable(Protocol):
+    """Whatever gives the content of a file when asked."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def _open(source: Path | str | Readable | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
     """Open without decoding: the size is known afterwards, the pixels are not read."""
     if isinstance(source, Image.Image):
         return nullcontext(source)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    if isinstance(source, Path | str):
+        return Image.open(source, formats=FORMATS)
+    return Image.open(io.BytesIO(source if isinstance(source, bytes) else source.read_bytes()), formats=FORMATS)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -50,12 +59,15 @@ def _resize(image: Image.Image, size: int) -> np.ndarray:
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def load_image(source: Path | str | bytes | Image.Image, size: int | None, name: str = "the picture") -> np.ndarray:
+def load_image(
+    source: Path | str | Readable | bytes | Image.Image, size: int | None, name: str = "the picture"
+) -> np.ndarray:
     """Read one picture as uint8[h, w, 3], RGB on white, squashed to `size` x `size` unless `size` is None.
 
     `source` is a path, the bytes of a file (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; of an animation the first frame),
-    or a Pillow image. A file is turned upright by its EXIF orientation, as Hugging Face's loaders do; a Pillow image is
-    taken as it stands. 16-bit grey is clipped to 255, as Pillow and so the published processor do.
+    anything that returns these from `read_bytes()`, or a Pillow image. A file is turned upright by its EXIF
+    orientation, as Hugging Face's loaders do; a Pillow image is taken as it stands. 16-bit grey is clipped to 255, as
+    Pillow and so the published processor do.
 
     Raises ValueError naming the file, or `name` where there is none, if the picture is missing, empty, truncated,
     corrupt, in another format, or larger than MAX_PIXELS (known from its header, before anything is decoded).

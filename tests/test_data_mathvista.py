@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from collections import Counter
 
 import pyarrow as pa
@@ -45,17 +46,31 @@ def test_precision_is_a_whole_number_though_parquet_holds_floats(parquet):
     assert counts == {(int, 1): 20, (int, 2): 20}
 
 
-def test_pictures_stay_encoded_and_decode_to_the_size_in_the_metadata(parquet):
-    for e in load(parquet)[::111]:
+def test_pictures_are_the_files_own_bytes_and_of_the_size_in_the_metadata(parquet):
+    stored = pq.read_table(parquet, columns=["decoded_image"])["decoded_image"].to_pylist()
+    for e, own in zip(load(parquet), stored, strict=True):
         (picture,) = e.images
-        assert isinstance(picture, bytes)
-        assert Image.open(io.BytesIO(picture)).size == (e.metadata["img_width"], e.metadata["img_height"])
+        assert picture.read_bytes() == own["bytes"]
+        assert Image.open(io.BytesIO(own["bytes"])).size == (e.metadata["img_width"], e.metadata["img_height"])
 
 
-def test_arrow_keeps_no_second_copy(parquet):
+def test_pictures_are_not_held_in_memory(parquet, tmp_path):
+    """500 rows with 100 kB each: what stays is a fiftieth, and Arrow keeps nothing of it either."""
+    table = pq.read_table(parquet).slice(0, 500)
+    pictures = [{"bytes": bytes([i % 251]) * 100_000, "path": None} for i in range(500)]
+    place = table.column_names.index("decoded_image")
+    table = table.set_column(place, "decoded_image", pa.array(pictures, table.schema.field(place).type))
+    pq.write_table(table, tmp_path / "large.parquet", row_group_size=50)
+    del table, pictures
     before = pa.total_allocated_bytes()
-    examples = load(parquet)
-    assert pa.total_allocated_bytes() - before < 0.01 * sum(len(e.images[0]) for e in examples)
+    tracemalloc.start()
+    examples = load(tmp_path / "large.parquet")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2_500_000 and peak < 15_000_000, "500 rows of text, and at the peak the pictures of 32 or 64 rows"
+    assert pa.total_allocated_bytes() - before < 500_000
+    for i in (0, 70, 250, 499):
+        assert examples[i].images[0].read_bytes() == bytes([i % 251]) * 100_000
 
 
 def test_train_and_test_are_disjoint_and_complete(parquet):

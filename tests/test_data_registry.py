@@ -1,6 +1,7 @@
 """data/__init__.py: which dataset a name, a file or a folder is."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,7 +48,8 @@ def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
 
 def test_each_kind_is_read_by_its_own_file(shared_data, tmp_path):
     stand_in, problems = shared_data / "mathvista" / "testmini_standin.parquet", shared_data / "gsm8k"
-    assert load_dataset(stand_in, "test") == mathvista.load(stand_in, "test")
+    problems_of = lambda examples: [replace(example, images=()) for example in examples]  # noqa: E731
+    assert problems_of(load_dataset(stand_in, "test")) == problems_of(mathvista.load(stand_in, "test"))
     assert load_dataset(str(problems), "test") == gsm8k.load(problems, "test")
     (tmp_path / "my.jsonl").write_text(
         '{"question": "q", "answer": "a", "image": "no.png"}\n{"question": "q", "answer": "a"}'

@@ -89,12 +89,19 @@ def test_transparent_pixels_are_white_whatever_colour_they_hide():
     np.testing.assert_array_equal(load_image(picture, None), expected)
 
 
-def test_a_path_its_text_its_bytes_and_a_pillow_image_are_one_picture(tmp_path):
+class InMemory:
+    """Something that is no path and has its one method."""
+
+    def __init__(self, content: bytes):
+        self.read_bytes = lambda: content
+
+
+def test_a_path_its_text_its_bytes_what_returns_them_and_a_pillow_image_are_one_picture(tmp_path):
     picture = noise("RGB", 31, 17)
     path = tmp_path / "picture.png"
     picture.save(path)
     expected = np.array(picture)
-    for source in (path, str(path), path.read_bytes(), picture):
+    for source in (path, str(path), path.read_bytes(), InMemory(path.read_bytes()), picture):
         np.testing.assert_array_equal(load_image(source, None), expected)
 
 
