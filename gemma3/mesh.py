@@ -7,6 +7,8 @@ laptop's being 1,1; a collective stands in the code where communication happens,
 
 import os
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,15 @@ def simulate_devices(count: int) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
+def keep_compiled() -> None:
+    """Keep compiled programs on disk, so that the next run starts in seconds: in the user's cache directory, or where
+    JAX_COMPILATION_CACHE_DIR says.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "grpo-gemma3"))
+
+
 def make_mesh(data: int, tensor: int) -> Mesh:
     """A `data` by `tensor` mesh over the first data * tensor devices; ValueError where there are fewer."""
     if data < 1 or tensor < 1:
@@ -73,6 +84,11 @@ def make_mesh(data: int, tensor: int) -> Mesh:
             f"--mesh {data},{tensor} needs {data * tensor} devices and there are {len(devices)}"
             + (f"; {hint}" if hint else f"; choose a mesh whose product is at most {len(devices)}")
         )
+    if data * tensor < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"--mesh {data},{tensor} leaves some of the {len(devices)} devices of {jax.process_count()} processes idle;"
+            f" choose a mesh whose product is {len(devices)}"
+        )
     return jax.make_mesh(
         (data, tensor), (DATA, TENSOR), devices=devices[: data * tensor], axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
@@ -81,9 +97,26 @@ def make_mesh(data: int, tensor: int) -> Mesh:
 def topology_mesh(topology: str, data: int, tensor: int) -> Mesh:
     """A `data` by `tensor` mesh of TPU chips that need not exist, such as "v5e:2x4": to compile for, not to run on.
 
-    Needs `libtpu`; where there is no TPU, the environment must say JAX_PLATFORMS=cpu and TPU_SKIP_MDS_QUERY=1.
+    ValueError without `libtpu`, for a topology that it does not know, or one of another size. Where there is no TPU,
+    JAX_PLATFORMS=cpu keeps jax from looking for one.
     """
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    if find_spec("libtpu") is None:
+        raise ValueError(f"compiling for {topology} needs the TPU's compiler; pip install libtpu")
+    # Without these libtpu would look for a machine with TPUs, complain that it finds none, and serve one process only.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # A v4 chip is one device in every run, though it has two cores.
+    whole_chips = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **whole_chips).devices
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise ValueError(
+            f"{topology} is no topology of TPU chips; name one such as v5e:2x4, v5e:16x16, v5p:2x2x1 or v6e:2x4"
+        ) from error
     if data * tensor != len(devices):
         raise ValueError(f"--mesh {data},{tensor} needs {data * tensor} devices and {topology} has {len(devices)}")
     return Mesh(np.array(devices).reshape(data, tensor), (DATA, TENSOR))
@@ -171,6 +204,15 @@ def gather_over_data(params, *, layer: bool = False):
 def gather_over_tensor(x: jax.Array) -> jax.Array:
     """Concatenate the shards' rows along the first axis; the result is the same on every tensor shard."""
     return lax.all_gather(x, TENSOR, axis=0, tiled=True, to="invarying")
+
+
+def copy_to_tensor(x: jax.Array) -> jax.Array:
+    """The identity on what all tensor shards hold: the gradients of its uses are added, and then summed over them once.
+
+    Without it each use would sum its own (f and g of Megatron, arXiv 1909.08053, are this and `sum_over_tensor`).
+    """
+    # A cast would be refused in the token loop, where x counts as differing between the shards already.
+    return x + zeros_varying((), x.dtype, TENSOR)
 
 
 def sum_over_tensor(x: jax.Array) -> jax.Array:

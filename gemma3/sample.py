@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +57,10 @@ class Sampling:
             raise ValueError(f"--top-k {self.top_k}: it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p}: it must lie in (0, 1]; 1 is off")
+
+
+# (place, index int32[Q / data], tokens int32[Q / data, G]) to whether to go on: see `sample`.
+OnToken = Callable[[np.ndarray, np.ndarray, np.ndarray], np.bool_]
 
 
 class Prompts(NamedTuple):
@@ -261,6 +267,16 @@ class Loop(NamedTuple):
     mask: jax.Array  # bool[Q, G, C]
     logps: jax.Array  # float32[Q, G, C]
     caches: list[KeyValues]  # per layer [Q, G, S, K, H]
+    stopped: jax.Array | None = None  # bool[], where the caller listens: whether it wants no more
+
+
+def tell(loop: Loop, index: jax.Array, on_token: OnToken) -> Loop:
+    """Hand this device's newest tokens to the host, and ask it whether to go on; one device's no stops all of them.
+
+    The loop depends on the answer, so the host is asked in the order of the places.
+    """
+    go_on = io_callback(on_token, jax.ShapeDtypeStruct((), jnp.bool_), loop.place - 1, index, loop.token)
+    return loop._replace(stopped=sum_over_tensor(sum_over_data((~go_on).astype(jnp.int32))) > 0)
 
 
 def draw(hidden: jax.Array, loop: Loop, fixed: Fixed, *, config: Config, sampling: Sampling) -> Loop:
@@ -279,6 +295,7 @@ def draw(hidden: jax.Array, loop: Loop, fixed: Fixed, *, config: Config, samplin
         mask=put(loop.mask, ~loop.done),
         logps=put(loop.logps, jnp.where(loop.done, 0.0, stats.logps)),
         caches=loop.caches,
+        stopped=loop.stopped,
     )
 
 
@@ -330,6 +347,7 @@ def _sample_shard(
     length: int,
     sampling: Sampling,
     gather_once: bool,
+    on_token: OnToken | None,
 ) -> Samples:
     prefix = read_prompts(prompts.ids, prompts.soft, params, lora, config=config)
     fold = jax.random.fold_in
@@ -354,19 +372,26 @@ def _sample_shard(
     )
 
     def unfinished(loop: Loop) -> jax.Array:
-        return (loop.place < length) & (sum_over_data((~loop.done).sum()) > 0)
+        more = (loop.place < length) & (sum_over_data((~loop.done).sum()) > 0)
+        return more if loop.stopped is None else more & ~loop.stopped
 
-    advance = partial(
-        step, fixed=fixed, config=config, sampling=sampling, lora_scale=lora.scale if lora is not None else 0.0
-    )
+    def heard(loop: Loop) -> Loop:
+        return loop if on_token is None else tell(loop, prompts.index, on_token)
+
+    def advance(loop: Loop) -> Loop:
+        lora_scale = lora.scale if lora is not None else 0.0
+        return heard(step(loop, fixed, config=config, sampling=sampling, lora_scale=lora_scale))
+
     first = jnp.broadcast_to(prefix.last_hidden[:, None], (*rows, prefix.hidden.shape[-1]))
-    end = jax.lax.while_loop(unfinished, advance, draw(first, start, fixed, config=config, sampling=sampling))
+    first = heard(draw(first, start, fixed, config=config, sampling=sampling))
+    end = jax.lax.while_loop(unfinished, advance, first)
     return Samples(end.ids, end.mask, end.logps, end.done & ~start.done, end.place)
 
 
-@partial(
-    jax.jit, static_argnames=("config", "mesh", "num_generations", "max_completion_length", "sampling", "gather_once")
-)
+_STATIC = ("config", "mesh", "num_generations", "max_completion_length", "sampling", "gather_once", "on_token")
+
+
+@partial(jax.jit, static_argnames=_STATIC)
 def sample(
     params: Params,
     lora: Lora | None,
@@ -380,6 +405,7 @@ def sample(
     max_completion_length: int,
     sampling: Sampling = Sampling(),
     gather_once: bool = True,
+    on_token: OnToken | None = None,
 ) -> Samples:
     """Draw `num_generations` completions of each prompt, of at most `max_completion_length` tokens.
 
@@ -391,6 +417,10 @@ def sample(
     Frozen weights stored in parts over `data` are joined once, before the token loop, and lie there a second time, one
     array a layer. `gather_once=False` takes one layer at a time inside it instead: it needs the memory of one layer,
     and moves all weights for every token. `choose_gather` chooses.
+
+    `on_token` listens: every device calls it after each token with the token's place, `prompts.index` of the rows it
+    holds and their tokens, and it answers whether to go on; rows that it cuts short are unfinished. Devices that hold
+    parts of the same rows all call it. It is static: another function object is another compilation.
     """
     body = partial(
         _sample_shard,
@@ -399,6 +429,7 @@ def sample(
         length=max_completion_length,
         sampling=sampling,
         gather_once=gather_once,
+        on_token=on_token,
     )
     in_specs = (
         partition_specs(params, config, mesh),
@@ -453,6 +484,11 @@ def choose_gather(needed: int, memory: int | None) -> tuple[bool, str]:
 def device_memory() -> int | None:
     """Bytes of memory on one device, or None on a backend that does not say, such as the CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def peak_memory() -> int | None:
+    """The most bytes that one device of this process has held so far, or None on a backend that does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))

@@ -14,7 +14,7 @@ import numpy as np
 from gemma3.attention import KeyValues, attend, own_mask, prompt_mask, shared_mask
 from gemma3.config import Config
 from gemma3.layers import gated_mlp, project, rms_norm, rope
-from gemma3.mesh import gather_over_data, own_kv_heads, sum_over_tensor
+from gemma3.mesh import copy_to_tensor, gather_over_data, own_kv_heads, sum_over_tensor
 
 
 class Block(NamedTuple):
@@ -74,7 +74,7 @@ def block(
     keep of the keys.
     """
     eps = config.norm_eps
-    h = rms_norm(x, w.pre_attention_norm, eps)
+    h = copy_to_tensor(rms_norm(x, w.pre_attention_norm, eps))
     q = project("...D,DNH->...NH", h, w.q, adapters and adapters.q, lora_scale)
     k = project("...D,DKH->...KH", h, w.k, adapters and adapters.k, lora_scale)
     v = project("...D,DKH->...KH", h, w.v, adapters and adapters.v, lora_scale)
@@ -87,7 +87,7 @@ def block(
     h = sum_over_tensor(project("...NH,NHD->...D", mixed, w.o, adapters and adapters.o, lora_scale))
     x = x + rms_norm(h, w.post_attention_norm, eps)
 
-    h = rms_norm(x, w.pre_mlp_norm, eps)
+    h = copy_to_tensor(rms_norm(x, w.pre_mlp_norm, eps))
     h = sum_over_tensor(gated_mlp(h, w, adapters, lora_scale))
     x = x + rms_norm(h, w.post_mlp_norm, eps)
     return x, kept

@@ -319,6 +319,16 @@ def sum_and_count(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32)])
 
 
+def clipped(ratio: jax.Array, advantages: jax.Array, config: LossConfig) -> tuple[jax.Array, jax.Array]:
+    """Where the ratio has left the clip range on the side that its advantage pushes to: below, and above; bool.
+
+    There the surrogate is constant, and a token has no gradient; cispo, which has no lower end, bounds its weight.
+    """
+    if config.loss_type == "cispo":
+        return jnp.zeros_like(ratio, dtype=bool), (ratio > config.clip_high) & (advantages > 0)
+    return (ratio < 1 - config.epsilon) & (advantages < 0), (ratio > 1 + config.clip_high) & (advantages > 0)
+
+
 def loss_metrics(logps: jax.Array, batch: LossBatch, config: LossConfig) -> dict[str, jax.Array]:
     """What to watch in the loss, under TRL's names; arguments as in `objective`, every value a `sum_and_count`.
 
@@ -330,10 +340,9 @@ def loss_metrics(logps: jax.Array, batch: LossBatch, config: LossConfig) -> dict
     counted = mask if config.ratio_level == "token" else jnp.ones_like(ratio, dtype=bool)
     metrics = {"ratio/mean": sum_and_count(ratio, counted)}
     if config.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = sum_and_count((ratio > config.clip_high) & (advantages > 0), counted)
+        metrics["cispo_clip_ratio"] = sum_and_count(clipped(ratio, advantages, config)[1], counted)
     else:
-        low = (ratio < 1 - config.epsilon) & (advantages < 0)
-        high = (ratio > 1 + config.clip_high) & (advantages > 0)
+        low, high = clipped(ratio, advantages, config)
         metrics["clip_ratio/low_mean"] = sum_and_count(low, counted)
         metrics["clip_ratio/high_mean"] = sum_and_count(high, counted)
         metrics["clip_ratio/region_mean"] = sum_and_count(low | high, counted)

@@ -58,8 +58,8 @@ def init_optimizer(
     optimizer: optax.GradientTransformation, trainable: Trainable, config: Config, mesh: Mesh
 ) -> optax.OptState:
     """The optimizer's state before the first step, split as what it trains is."""
-    state = optimizer.init(trainable)
-    return jax.device_put(state, shardings(state, config, mesh))
+    where = shardings(jax.eval_shape(optimizer.init, trainable), config, mesh)
+    return jax.jit(optimizer.init, out_shardings=where)(trainable)
 
 
 def _cut(tree, size: int):
@@ -132,8 +132,8 @@ def loss_and_grad(
     loss: LossConfig | None,
     temperature: float,
     micro_batch: int,
-) -> tuple[jax.Array, Trainable, dict[str, jax.Array]]:
-    """The loss of a whole batch, its gradient, and its metrics.
+) -> tuple[jax.Array, Trainable, dict[str, jax.Array], jax.Array]:
+    """The loss of a whole batch, its gradient, its metrics, and the policy's log-probs float32[Q, G, C].
 
     The batch is cut into micro-batches of prompts; since `objective` is a sum with weights fixed beforehand, the parts'
     losses and gradients add up to the whole's. batch.old_logps None means that these samples are used once, by the
@@ -147,12 +147,13 @@ def loss_and_grad(
         stats = completion_stats(prompts.ids, soft, completions, params, lora, temperature=temperature, config=config)
         entropy = {"entropy": sum_and_count(stats.entropy, batch.completion_mask)}
         if loss is None:
-            return sum_over_data(-(batch.weights * stats.logps).sum()), (sum_over_data(entropy), {})
+            return sum_over_data(-(batch.weights * stats.logps).sum()), (sum_over_data(entropy), {}, stats.logps)
         if batch.old_logps is None:
             batch = batch._replace(old_logps=jax.lax.stop_gradient(stats.logps))
         sums = loss_metrics(stats.logps, batch, loss) | entropy
-        metrics = sum_over_data(sums), max_over_data(largest_difference(batch))
-        return sum_over_data(objective(stats.logps, batch, loss)), metrics
+        maxima = largest_difference(batch)
+        seen = sum_over_data(sums), max_over_data(maxima), stats.logps
+        return sum_over_data(objective(stats.logps, batch, loss)), seen
 
     def body(trainable, frozen, prompts, completion_ids, batch):
         def add(grads, part):
@@ -160,10 +161,10 @@ def loss_and_grad(
             return jax.tree.map(jnp.add, grads, new), value
 
         parts = _cut((prompts, completion_ids, batch), micro_batch)
-        grads, (values, (sums, maxima)) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
+        grads, (values, (sums, maxima, logps)) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), parts)
         value, sums = jax.tree.map(lambda x: x.sum(axis=0), (values, sums))
         means = {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
-        return (value, means | jax.tree.map(jnp.max, maxima)), grads
+        return value, grads, means | jax.tree.map(jnp.max, maxima), _join(logps)
 
     trainable_specs = partition_specs(trainable, config, mesh)
     in_specs = (
@@ -173,10 +174,10 @@ def loss_and_grad(
         P(DATA),
         jax.tree.map(lambda _: P(DATA), batch),
     )
-    (value, metrics), grads = jax.shard_map(
-        body, mesh=mesh, in_specs=in_specs, out_specs=((P(), P()), trainable_specs)
-    )(trainable, frozen, prompts, completion_ids, batch)
-    return value, grads, metrics
+    out_specs = (P(), trainable_specs, P(), P(DATA))
+    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(
+        trainable, frozen, prompts, completion_ids, batch
+    )
 
 
 @partial(
@@ -194,12 +195,14 @@ def update(
     *,
     optimizer: optax.GradientTransformation,
     **static,
-) -> tuple[Trainable, optax.OptState, dict[str, jax.Array]]:
+) -> tuple[Trainable, optax.OptState, dict[str, jax.Array], jax.Array]:
     """One optimizer step on one batch; arguments as in `loss_and_grad`. Weights and optimizer state are donated.
+
+    Returns both of them anew, the metrics, and the log-probs float32[Q, G, C] of the policy as it was.
 
     Where the loss or the gradient is not finite nothing is changed, and the metric "finite" is 0.
     """
-    value, grads, metrics = loss_and_grad(trainable, frozen, prompts, completion_ids, batch, **static)
+    value, grads, metrics, logps = loss_and_grad(trainable, frozen, prompts, completion_ids, batch, **static)
     norm = optax.global_norm(grads)
     updates, new_state = optimizer.update(grads, opt_state, trainable)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -210,4 +213,4 @@ def update(
         return jax.lax.with_sharding_constraint(kept, shardings(old, static["config"], static["mesh"]))
 
     metrics |= {"loss": value, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
-    return keep(optax.apply_updates(trainable, updates), trainable), keep(new_state, opt_state), metrics
+    return keep(optax.apply_updates(trainable, updates), trainable), keep(new_state, opt_state), metrics, logps

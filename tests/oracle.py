@@ -174,6 +174,21 @@ def assert_close(ours, theirs, atol: float = 1e-5) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
 
 
+def plain(tree):
+    """Nested lists and dicts with arrays as lists, which compare with ==."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), tree)
+
+
+def assert_same_samples(found: list[dict], expected: list[dict], atol: float = 1e-4) -> None:
+    """Lines of samples.jsonl: equal but for rounding, within `atol`, in what is said of each token's probability."""
+    for one, other in zip(found, expected, strict=True):
+        for completion, same in zip(one["completions"], other["completions"], strict=True):
+            for name in ("logps", "ratios"):
+                assert (name in completion) == (name in same)
+                np.testing.assert_allclose(completion.pop(name, []), same.pop(name, []), rtol=1e-4, atol=atol)
+    assert plain(found) == plain(expected)
+
+
 def assert_trees_close(ours, theirs, rtol: float = 5e-5) -> None:
     """Every tensor's largest difference is at most `rtol` of its largest value, and the tensor is not all zero.
 

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from gemma3.config import CONFIGS, NANO
@@ -16,6 +18,7 @@ from gemma3.mesh import (
     PARTITION,
     TENSOR,
     check_mesh,
+    copy_to_tensor,
     gather_over_data,
     make_mesh,
     max_over_tensor,
@@ -115,6 +118,22 @@ def test_collectives_over_the_named_axis():
     np.testing.assert_allclose(later, np.cumsum(x[:, ::-1], axis=1)[:, ::-1] - x, atol=1e-6)
 
 
+def test_the_gradient_of_a_copy_is_summed_over_the_shards_that_used_it_once():
+    """Each of four shards takes its own multiples of x twice; the sum has a gradient of all of them, and one psum."""
+    x = np.array([0.5, -2.0], np.float32)
+
+    def gradient(x):
+        def loss(x):
+            h = copy_to_tensor(x)
+            return sum_over_tensor((tensor_shard() * h[0] + 10 * h[1] + h[0] ** 2).sum())
+
+        return jax.grad(loss)(x)
+
+    found = jax.shard_map(gradient, mesh=make_mesh(1, 4), in_specs=P(), out_specs=P())
+    np.testing.assert_allclose(jax.jit(found)(x), [0 + 1 + 2 + 3 + 4 * 2 * 0.5, 4 * 10], rtol=1e-6)
+    assert jax.jit(found).lower(x).as_text().count("stablehlo.all_reduce") == 1
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 def test_each_shard_gets_the_key_value_head_of_its_query_heads(kv_heads):
     """Eight query heads over four shards, two each: query head n uses key/value head n // (8 / K)."""
@@ -157,6 +176,34 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused():
 def test_a_model_that_does_not_divide_is_refused_with_the_numbers(changes, shape, message):
     mesh = make_mesh(*shape)
     assert f"--mesh {shape[0]},{shape[1]} {message}" in refusal(lambda: check_mesh(replace(NANO, **changes), mesh))
+
+
+def divides(config, data: int, tensor: int) -> bool:
+    """Whether every array of the model and its adapter splits evenly, and the query heads of each tensor shard find
+    their key/value heads on it."""
+    mesh = AbstractMesh((data, tensor), (DATA, TENSOR))
+    lora = LoraConfig(r=3, vision=config.vision is not None)
+    arrays = param_shapes(config), jax.eval_shape(partial(init_lora, config=config, lora=lora), jax.random.key(0))
+    splits = zip(*map(jax.tree.leaves, (arrays, partition_specs(arrays, config, mesh))), strict=True)
+    if any(n % mesh.shape[axis] for x, spec in splits for n, axis in zip(x.shape, spec, strict=False) if axis):
+        return False
+    needed = np.arange(config.num_heads).reshape(tensor, -1) * config.num_kv_heads // config.num_heads
+    held = max(1, config.num_kv_heads // tensor)
+    return all(len(np.unique(heads)) == held for heads in needed)
+
+
+@pytest.mark.parametrize("name", ["nano", "gemma-3-1b-it", "gemma-3-4b-it", "gemma-3-27b-it", "gemma-2-2b"])
+def test_exactly_the_meshes_that_cannot_split_a_model_are_refused(name):
+    """Up to 256 devices along `data` and 32 along `tensor`, three and its like among them."""
+    config, refused = CONFIGS[name], set()
+    shapes = set(product((1, 2, 3, 4, 6, 8, 9, 12, 16, 32, 64, 256), (1, 2, 3, 4, 6, 8, 16, 32)))
+    for shape in shapes:
+        try:
+            check_mesh(config, AbstractMesh(shape, (DATA, TENSOR)))
+        except ValueError:
+            refused.add(shape)
+    assert refused == {shape for shape in shapes if not divides(config, *shape)}
+    assert 0 < len(refused) < len(shapes)
 
 
 def test_prompts_that_do_not_divide_are_refused():
