@@ -1,18 +1,21 @@
 """How good is a model? Accuracy on a dataset with its interval, beside the base model's, and the dataset's own scores.
 
     python eval.py --ckpt RUN_OR_ADAPTER_OR_MODEL [--data ...] [--limit N]
+    python eval.py --ckpt ... --chat    or to use it: --prompt, --batch, --examples
 
-The figures are written to eval.json, and beside it each completion and, for MathVista, the files that its repository's
-own scripts read.
+The figures are written to eval.json, and beside it a page with every answer, each completion and, for MathVista, the
+files that its repository's own scripts read.
 """
 
 import io
 import itertools
 import json
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import isnan
 from pathlib import Path
 
@@ -22,28 +25,32 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from data import NAMES, kind, load_dataset
-from data.example import Example
+from data.example import FORMATS, Example
+from data.files import StoredPicture
 from data.prompt import messages
+from data.questions import built_in, load_questions
 from data.synthetic import synthetic
-from gemma3.adapter import load_adapter
-from gemma3.config import Config
+from gemma3.config import NANO, Config
 from gemma3.config_json import read_config
 from gemma3.hub import resolve
 from gemma3.image import MAX_CROPS, load_image, pan_and_scan
 from gemma3.lora import Lora
-from gemma3.mesh import check_mesh, make_mesh, simulate_devices
+from gemma3.mesh import check_mesh, keep_compiled, make_mesh, simulate_devices
 from gemma3.model import Params
 from gemma3.sample import Prompts, Sampling
 from gemma3.tokenizer import Tokenizer
-from gemma3.weights import load_checkpoint
 from grpo.cli import clean_errors, parse
-from grpo.eval_settings import EvalSettings, find_models
+from grpo.eval_page import write_page
+from grpo.eval_settings import EvalSettings, Found, find_models, load_models, resolve_use
 from grpo.log import write_json
+from grpo.processes import exchange, held_rows, rows_on_host
 from grpo.rollout import Prompt, Row, place_prompts, roll_out, split_over_data
 from grpo.settings import Settings, mesh_shape, resolve_defaults
 from grpo.update import score
+from grpo.use import use
 from reward import make_scorer
 from reward.format import format_reward
 from reward.mathvista import write_output, write_scores
@@ -60,6 +67,8 @@ from reward.report import (
     table,
 )
 
+_BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -67,19 +76,19 @@ class Reader:
 
     config: Config
     tokenizer: Tokenizer
-    prompt: str  # one of grpo.settings.PROMPTS
+    wording: str  # one of grpo.settings.WORDINGS
     format: str  # a key of data.example.FORMATS
     pan_and_scan: bool = False
 
     def chat(self, example: Example) -> list[dict]:
         """The chat messages: our instruction and wording, MathVista's hint or query, or just the question ("bare")."""
-        if self.prompt == "bare":
+        if self.wording == "bare":
             pictures = [{"type": "image"} for _ in example.images]
             return [{"role": "user", "content": [*pictures, {"type": "text", "text": example.question}]}]
-        if self.prompt == "query":
+        if self.wording == "query":
             return messages(example, None, query=True)
-        system = "role" if self.prompt == "role" else "prefix"
-        return messages(example, self.format, system=system, hint=self.prompt == "hint")
+        system = "role" if self.wording == "role" else "prefix"
+        return messages(example, self.format, system=system, hint=self.wording == "hint")
 
     def length(self, example: Example) -> int:
         """Tokens of the prompt. Pictures are only opened where pan-and-scan has to know their shape."""
@@ -91,38 +100,41 @@ class Reader:
         """How many pictures the model may be shown for an example: with pan-and-scan each one and up to 4 crops."""
         return len(example.images) * (1 + MAX_CROPS if self.pan_and_scan else 1)
 
+    def views(self, source: Path | StoredPicture | bytes, name: str = "the picture") -> list[np.ndarray]:
+        """What the model is shown of a picture: the whole of it and, with pan-and-scan, its crops."""
+        if self.config.vision is None:
+            raise ValueError(f"{name} cannot be shown: this model reads text only")
+        size = self.config.vision.image_size
+        if self.pan_and_scan:
+            return pan_and_scan(load_image(source, None, name), size)
+        return [load_image(source, size, name)]
+
     def __call__(self, example: Example) -> Prompt:
         """Tokenize, and decode the pictures; ValueError naming the example where one cannot be read."""
-        size = self.config.vision.image_size if self.config.vision else None
-        pictures, crops = [], []
-        for source in example.images:
-            name = f"the picture of example {example.id}"
-            if self.pan_and_scan:
-                views = pan_and_scan(load_image(source, None, name), size)
-            else:
-                views = [load_image(source, size, name)]
-            pictures += views
-            crops.append(len(views) - 1)
-        return Prompt(self.tokenizer.encode_chat(self.chat(example), crops=crops), pictures)
+        views = [self.views(source, f"the picture of example {example.id}") for source in example.images]
+        ids = self.tokenizer.encode_chat(self.chat(example), crops=[len(of_one) - 1 for of_one in views])
+        return Prompt(ids, [view for of_one in views for view in of_one])
 
 
 def read_rows(
-    examples: Sequence[Example], order: Iterable[int], reader: Reader, ahead: int, first_place: int = 0
+    examples: Sequence[Example], order: Iterable[int], reader: Reader, *, batch_size: int, mesh: Mesh, first_place=0
 ) -> Iterator[Row]:
-    """Examples in the given order; `ahead` of them are tokenized, and their pictures decoded, in threads beforehand.
+    """Examples in the given order; a batch of them is tokenized, and its pictures decoded, in threads beforehand.
 
-    Places are counted from `first_place`, so that an example that comes again is sampled anew.
+    Of each batch a process reads the rows that it will hold. Places are counted from `first_place`, so that an example
+    that comes again is sampled anew.
     """
-    places = enumerate(order, first_place)
+    held, places = held_rows(batch_size, mesh), enumerate(order)
     with ThreadPoolExecutor(4) as pool:
         waiting = deque()
         while True:
-            for place, index in itertools.islice(places, 1 + ahead - len(waiting)):
-                waiting.append((place, examples[index], pool.submit(reader, examples[index])))
+            for place, index in itertools.islice(places, 1 + batch_size - len(waiting)):
+                prompt = pool.submit(reader, examples[index]) if place % batch_size in held else None
+                waiting.append((first_place + place, examples[index], prompt))
             if not waiting:
                 return
             place, example, prompt = waiting.popleft()
-            yield Row(place, example, prompt.result())
+            yield Row(place, example, prompt and prompt.result())
 
 
 def read_batches(
@@ -140,7 +152,7 @@ def read_batches(
 
     The last batch is filled up with empty prompts, which are not sampled.
     """
-    rows = read_rows(examples, range(len(examples)), reader, ahead=batch_size)
+    rows = read_rows(examples, range(len(examples)), reader, batch_size=batch_size, mesh=mesh)
     while batch := list(itertools.islice(rows, batch_size)):
         filled = batch + [Row(0, None, Prompt([], []))] * (batch_size - len(batch))
         yield (
@@ -170,12 +182,14 @@ def evaluate(
     sampling: Sampling = Sampling(temperature=0.0),  # noqa: B008 - frozen
     seed: int = 0,
     batch_size: int = 128,
+    watch: Callable[[int, int], None] = lambda answered, total: None,
     **sizes: int,
 ) -> list[list[Result]]:
     """Draw `num_samples` completions of each example and judge them. The draws do not depend on `batch_size`.
 
-    sizes: max_prompt_length and max_images, as in `read_batches`.
+    sizes: max_prompt_length and max_images, as in `read_batches`; watch: told at the start, and after each batch.
     """
+    watch(0, len(examples))
     allowed = jnp.asarray(~reader.tokenizer.never_sampled)
     results = []
     for batch, prompts in read_batches(examples, reader, params, lora, mesh=mesh, batch_size=batch_size, **sizes):
@@ -191,15 +205,18 @@ def evaluate(
             max_completion_length=max_completion_length,
             sampling=sampling,
         )
-        drawn = jax.device_get((rollout.completion_ids, rollout.completion_mask, rollout.finished))
-        for row, *group in zip(batch, *drawn, strict=False):
-            judged = []
-            for ids, mask, finished in zip(*group, strict=True):
-                text = reader.tokenizer.decode(ids[mask])
-                well_formed = format_reward(text, row.example, reader.format) == 1.0
-                right = is_right(text, row.example, reader.format)
-                judged.append(Result(row.example, text, right, well_formed, bool(finished), int(mask.sum())))
-            results.append(judged)
+        ids, mask, finished = map(rows_on_host, (rollout.completion_ids, rollout.completion_mask, rollout.finished))
+        drawn = {}
+        for q in held_rows(len(batch), mesh):
+            texts = [reader.tokenizer.decode(i[m]) for i, m in zip(ids[q], mask[q], strict=True)]
+            drawn[q] = list(zip(texts, finished[q].tolist(), mask[q].sum(axis=-1).tolist(), strict=True))
+        for q, completions in sorted(exchange(drawn).items()):
+            results.append([])
+            for text, ended, length in completions:
+                well_formed = format_reward(text, batch[q].example, reader.format) == 1.0
+                right = is_right(text, batch[q].example, reader.format)
+                results[-1].append(Result(batch[q].example, text, right, well_formed, ended, length))
+        watch(len(results), len(examples))
     return results
 
 
@@ -240,8 +257,12 @@ def given_logps(
             temperature=1.0,
             micro_batch=1,
         )
-        for of_row, of_lengths in zip(np.asarray(stats.logps, np.float64), lengths, strict=False):
-            logps.append([float(line[:n].sum()) for line, n in zip(of_row, of_lengths, strict=False)])
+        found = rows_on_host(stats.logps).astype(np.float64)
+        sums = {
+            q: [float(line[:n].sum()) for line, n in zip(found[q], lengths[q], strict=False)]
+            for q in held_rows(len(batch), mesh)
+        }
+        logps += [of_row for _, of_row in sorted(exchange(sums).items())]
     return logps
 
 
@@ -274,17 +295,23 @@ def trained_on(data: str, run: dict) -> bool:
 
 
 def resolve_settings(settings: EvalSettings, run: dict) -> EvalSettings:
-    """Fill in what was not given: as in training where it is the run's data, else as train.py would train on it."""
+    """Fill in what was not given: as in training where it is the run's data, else as train.py would train on it.
+
+    ValueError where the data is no known dataset.
+    """
     data = settings.data or run.get("eval_data") or run.get("data") or "synthetic"
+    if data != "synthetic":
+        kind(data)
     like = asdict(resolve_defaults(Settings(data=data, format=run.get("format", "answer"))))
     if data in (run.get("data"), run.get("eval_data")):
         like |= {name: value for name, value in run.items() if name not in ("dtype", "data", "out")}
     like |= {
         "data": data,
+        "base": True,
         "split": "test" if data == "synthetic" or trained_on(data, run) else "all",
         "out": Path(settings.ckpt if run else ".", "eval.json"),
     }
-    missing = [name for name, value in asdict(settings).items() if value is None and name != "model"]
+    missing = [name for name, value in asdict(settings).items() if value is None and name in like and name != "model"]
     return replace(settings, **{name: like[name] for name in missing})
 
 
@@ -345,7 +372,7 @@ def judge(results: list[list[Result]], dataset: str, settings: EvalSettings, nam
     if dataset == "synthetic":
         figures["by"] = by_metadata(results, ("kind", "question"))
     elif dataset == "gsm8k":
-        figures["gsm8k"] = gsm8k_figures(results, None if settings.prompt == "bare" else settings.format)
+        figures["gsm8k"] = gsm8k_figures(results, None if settings.wording == "bare" else settings.format)
     elif dataset == "mathvista":
         scored = score_mathvista(results, settings.scorer)
         stem = settings.out.stem
@@ -376,8 +403,14 @@ def preference_lines(
         yield {"model": name, "id": example.id, "rewards": stated, "logps": by_policy}
 
 
-def report(figures: dict[str, dict], lines: list[dict], dataset: str, settings: EvalSettings) -> None:
-    """Print the table of all figures, and write eval.json and the results file."""
+def report(
+    figures: dict[str, dict],
+    lines: list[dict],
+    answered: dict[str, list[list[Result]]],
+    dataset: str,
+    settings: EvalSettings,
+) -> None:
+    """Print the table of all figures, and write eval.json, the results file and a page to look at."""
     if dataset == "mathvista":
         print(f"MathVista's score is that of its {settings.scorer} scorer: what it cannot read is the nearest choice")
     console = Console(highlight=False)
@@ -388,25 +421,25 @@ def report(figures: dict[str, dict], lines: list[dict], dataset: str, settings: 
     with completions.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_json(settings.out, {"settings": asdict(settings), "results": completions.name} | figures)
-    print(f"written to {settings.out}, and each completion to {completions}")
+    page = settings.out.with_suffix(".html")
+    write_page(page, f"Evaluation of {settings.ckpt} on {settings.data}", figures, answered)
+    print(f"written to {settings.out}, each completion to {completions}, and a page to look at to {page}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    typed = parse(EvalSettings, argv, prog="eval.py", description=__doc__.splitlines()[0])
-    if typed.virtual_devices:
-        simulate_devices(typed.virtual_devices)
-    models, run = find_models(typed.ckpt, typed.model, typed.base)
-    settings = resolve_settings(typed, run)
+def question(text: str, images: Sequence[Path | bytes]) -> Example:
+    """What a user asks, as an example that a reader can word."""
+    return Example("asked", text, "", images=tuple(images))
+
+
+def show_progress(bar: Progress, task: TaskID, answered: int, total: int) -> None:
+    bar.update(task, completed=answered, total=total, note="" if answered else "the first batch compiles")
+
+
+def measure(settings: EvalSettings, found: Found, reader: Reader, mesh: Mesh) -> None:
+    """Evaluate the models on a dataset, print their figures and write all that is known."""
     dataset = "synthetic" if settings.data == "synthetic" else kind(settings.data)
-    if settings.split == "all" and trained_on(settings.data, run):
+    if settings.split == "all" and trained_on(settings.data, found.run):
         print("note: --split all includes examples that this run trained on")
-    mesh = make_mesh(*mesh_shape(settings.mesh))
-    directory = resolve(next(iter(models.values()))[0])
-    config = read_config(directory)
-    check_mesh(config, mesh)
-    tokenizer = Tokenizer(directory, config)
-    reader = Reader(config, tokenizer, settings.prompt, settings.format, settings.pan_and_scan)
-
     examples = load_held_out(
         settings.data, settings.split, settings.limit, skip_missing_images=settings.skip_missing_images
     )
@@ -422,32 +455,61 @@ def main(argv: Sequence[str] | None = None) -> None:
         "max_images": max(reader.max_pictures(example) for example in examples),
         "batch_size": min(settings.batch_size, max(len(asked), len(given))),
     }
-    sampling = {
-        "num_samples": settings.num_samples,
-        "sampling": Sampling(settings.temperature),
-        "seed": settings.seed,
-    }
+    sampling = {"num_samples": settings.num_samples, "sampling": settings.sampling, "seed": settings.seed}
 
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    figures, lines = {}, []
-    for model, named in itertools.groupby(models.items(), key=lambda item: item[1][0]):
-        _, params = load_checkpoint(model, jnp.dtype(settings.dtype), mesh)
-        for name, (_, adapter) in named:
-            lora = load_adapter(adapter, config, mesh) if adapter else None
-            figures[name] = {}
-            if asked:
-                results = evaluate(params, lora, asked, reader, **sizes, **sampling)
-                figures[name] |= judge(results, dataset, settings, name)
-                lines += result_lines(name, results)
-                print(spoken(name, figures[name]))
-            if given:
-                logps = given_logps(params, lora, given, reader, **sizes)
-                figures[name]["preference"] = compare(given, rewards, logps)
-                lines += preference_lines(name, given, rewards, logps)
-        del params  # before the next model is read
-    report(figures, lines, dataset, settings)
+    figures, lines, answered = {}, [], {}
+    for name, params, lora in load_models(found.models, settings.dtype, reader.config, mesh):
+        figures[name] = {}
+        if asked:
+            with Progress(*_BAR, transient=True, disable=not sys.stdout.isatty()) as bar:
+                watch = partial(show_progress, bar, bar.add_task(name, total=None, note=""))
+                answered[name] = evaluate(params, lora, asked, reader, watch=watch, **sizes, **sampling)
+            figures[name] |= judge(answered[name], dataset, settings, name)
+            lines += result_lines(name, answered[name])
+            print(spoken(name, figures[name]))
+        if given:
+            logps = given_logps(params, lora, given, reader, **sizes)
+            figures[name]["preference"] = compare(given, rewards, logps)
+            lines += preference_lines(name, given, rewards, logps)
+        del params, lora  # before the next model is read
+    report(figures, lines, answered, dataset, settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    typed = parse(EvalSettings, argv, prog="eval.py", description=__doc__.splitlines()[0])
+    if typed.virtual_devices:
+        simulate_devices(typed.virtual_devices)
+    found = find_models(typed.ckpt, typed.model, typed.base if typed.base is not None else not typed.use)
+    if typed.base and len(found.models) == 1:
+        raise ValueError(f"--base: --ckpt {typed.ckpt} is a model that was not trained from another here; leave it out")
+    # A dataset that is none is refused before a model is downloaded for it.
+    settings = typed if typed.use else resolve_settings(typed, found.run)
+    mesh = make_mesh(*mesh_shape(typed.mesh))
+    model = next(iter(found.models.values()))[0]
+    directory = resolve(model)
+    config = read_config(directory)
+    check_mesh(config, mesh)
+    if typed.use:
+        settings = resolve_use(typed, found.run, model, config)
+    reader = Reader(config, Tokenizer(directory, config), settings.wording, settings.format, settings.pan_and_scan)
+    if not settings.use:
+        measure(settings, found, reader, mesh)
+        return
+    use(
+        settings,
+        found,
+        reader,
+        mesh,
+        question=question,
+        built_in=partial(built_in, nano=config.hidden_size == NANO.hidden_size, pictures=config.vision is not None),
+        load_questions=load_questions,
+        is_right=partial(is_right, format=settings.format),
+        tags=FORMATS[settings.format],
+    )
 
 
 if __name__ == "__main__":
+    keep_compiled()
     with clean_errors():
         main()

@@ -7,19 +7,13 @@ The loop is at the bottom; the algorithm is grpo/algorithm.py, the model gemma3/
 """
 
 import itertools
-import json
 import os
 import shlex
-import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,17 +34,29 @@ from gemma3.config import NANO, Config
 from gemma3.config_json import read_config
 from gemma3.hub import resolve
 from gemma3.lora import LoraConfig, init_lora
-from gemma3.mesh import check_mesh, make_mesh, shardings, simulate_devices
+from gemma3.mesh import check_mesh, keep_compiled, make_mesh, shardings, simulate_devices
 from gemma3.model import Params, init_params
-from gemma3.sample import choose_gather, decoding_bytes, device_memory
+from gemma3.sample import choose_gather, decoding_bytes, device_memory, peak_memory
 from gemma3.tokenizer import Tokenizer
 from gemma3.tokenizer_training import train_tokenizer, write_hugging_face_files
 from gemma3.weights import load_checkpoint, save_checkpoint
-from grpo import checkpoint
+from grpo import checkpoint, report
 from grpo.cli import clean_errors, parse
 from grpo.log import RunLog, write_json
-from grpo.settings import Settings, check_batch, loss_config, mesh_shape, resolve_defaults
+from grpo.plan import print_plan
+from grpo.processes import agree, connect, exchange, is_first, on_any_process, stopping_together
+from grpo.settings import (
+    Settings,
+    check_batch,
+    described,
+    loss_config,
+    mesh_shape,
+    resolve_defaults,
+    spelled_out,
+    stored_settings,
+)
 from grpo.step import Step, grpo_step, sft_step
+from grpo.trackers import tracker
 from grpo.update import Trainable, init_optimizer, make_optimizer, make_schedule, policy
 from reward import make_scorer
 from reward.report import is_right, preference_accuracy, spoken, summary
@@ -107,7 +113,7 @@ def with_short_completions(examples: list[Example], tokenizer: Tokenizer, settin
     return short
 
 
-def new_nano(directory: Path, examples: list[Example], seed: int) -> Path:
+def new_nano(directory: Path, examples: list[Example], seed: int) -> None:
     """A nano model that knows nothing: random weights, and a tokenizer of what `examples` ask and answer."""
     if not (directory / "config.json").is_file():
         params = init_params(jax.random.key(seed), NANO)
@@ -115,7 +121,6 @@ def new_nano(directory: Path, examples: list[Example], seed: int) -> Path:
         texts = [text for example in examples[:4000] for text in (example.question, solution(example, "answer"))]
         train_tokenizer([*texts, *["user\n", "model\n"] * 100], directory, NANO.vocab_size)
         write_hugging_face_files(directory, NANO)
-    return directory
 
 
 def initial_policy(settings: Settings, config: Config, params: Params, mesh: Mesh) -> tuple[Trainable, Params]:
@@ -127,13 +132,16 @@ def initial_policy(settings: Settings, config: Config, params: Params, mesh: Mes
         lora = LoraConfig(
             settings.lora_r, settings.lora_alpha, settings.lora_rslora, settings.lora_targets, settings.lora_vision
         )
-        fresh = init_lora(jax.random.key(settings.seed), config, lora)
-        return jax.device_put(fresh, shardings(fresh, config, mesh)), params
+        init = partial(init_lora, config=config, lora=lora)
+        key = jax.random.key(settings.seed)
+        where = shardings(jax.eval_shape(init, key), config, mesh)
+        return jax.jit(init, out_shardings=where)(key), params
     if settings.adapter:
         raise ValueError("--adapter continues an adapter, and --lora-r 0 trains whole weights; leave one of them out")
+    trained = params if settings.train_vision else params.text
     # A copy, since the update reuses the memory of what it is given.
-    master = jax.tree.map(lambda x: x.astype(jnp.float32) + 0, params if settings.train_vision else params.text)
-    master = jax.device_put(master, shardings(master, config, mesh))
+    copy = partial(jax.tree.map, lambda x: x.astype(jnp.float32) + 0)
+    master = jax.jit(copy, out_shardings=shardings(trained, config, mesh))(trained)
     return master, params if settings.beta else Params(None, None if settings.train_vision else params.vision)
 
 
@@ -149,55 +157,6 @@ def decoding(settings: Settings, params: Params, config: Config, mesh: Mesh) -> 
         length=settings.max_completion_length,
     )
     return choose_gather(needed, device_memory())[1]
-
-
-def git_commit() -> str | None:
-    """The commit of this code, or None where it is no git checkout or there is no git."""
-    if shutil.which("git") is None:
-        return None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return git.stdout.strip() or None
-
-
-def described(settings: Settings) -> dict:
-    """What config.json of a run holds: the resolved flags, and what they ran on."""
-    packages = ("jax", "jaxlib", "numpy", "optax", "sentencepiece", "pillow", "safetensors")
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    return {
-        "settings": flags,
-        "command": " ".join(["python", *sys.argv]),
-        "packages": {name: version(name) for name in packages},
-        "git": git_commit(),
-        "devices": f"{len(jax.devices())} {jax.devices()[0].device_kind}",
-    }
-
-
-def spelled_out(settings: Settings) -> str:
-    """The resolved flags by topic, for the terminal."""
-    topics = {}
-    for entry in fields(settings):
-        value = getattr(settings, entry.name)
-        shown = ",".join(value) if isinstance(value, tuple) else value
-        topics.setdefault(entry.metadata["group"], []).append(f"{entry.name}={shown}")
-    indent = " " * 11
-    return "\n".join(
-        textwrap.fill(f"{topic:<11}{'  '.join(values)}", width=110, subsequent_indent=indent, break_on_hyphens=False)
-        for topic, values in topics.items()
-    )
-
-
-def stored_settings(run: Path) -> Settings:
-    """The settings that a run was started with, to continue it; ValueError where there is no such run."""
-    path = run / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--resume {run}: there is no run, since {path} does not exist")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        typed = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        adapter = typed["adapter"] and Path(typed["adapter"])
-        return Settings(**typed | {"out": run, "adapter": adapter, "resume": run, "resume_step": None})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {run}: {path} is damaged or of another version ({error})") from error
 
 
 def shuffled(size: int, seed: int, start: int) -> Iterator[int]:
@@ -243,17 +202,21 @@ def prepare(settings: Settings) -> Setup:
     loss = loss_config(settings)
     examples, held_out = load_examples(settings)
     if settings.model == "scratch":
-        settings = replace(settings, model=str(new_nano(settings.out / "scratch", examples, settings.seed)))
+        if is_first():
+            new_nano(settings.out / "scratch", examples, settings.seed)
+        exchange({})  # the others wait until it is written
+        settings = replace(settings, model=str(settings.out / "scratch"))
     config = read_config(resolve(settings.model))
     check_mesh(config, mesh)
     tokenizer = Tokenizer(resolve(settings.model), config)
-    reader = Reader(config, tokenizer, settings.prompt, settings.format, settings.pan_and_scan)
+    reader = Reader(config, tokenizer, settings.wording, settings.format, settings.pan_and_scan)
     scorer = make_scorer(settings.reward, settings.format, max_tokens=settings.max_completion_length)
     examples = that_fit(examples, reader, settings.max_prompt_length, "training data")
     examples = with_short_completions(examples, tokenizer, settings)
     held_out = that_fit(held_out, reader, settings.max_prompt_length, "held-out data")
     asked, given = by_purpose(held_out, reader, settings.max_completion_length, "held-out data")
 
+    print(f"reading the weights of {settings.model}")
     _, params = load_checkpoint(settings.model, jnp.dtype(settings.dtype), mesh)
     sampler = decoding(settings, params, config, mesh)
     trainable, frozen = initial_policy(settings, config, params, mesh)
@@ -290,7 +253,7 @@ def prepare(settings: Settings) -> Setup:
     return Setup(step, trainable, opt_state, rate, reader, examples, asked, given, sampler)
 
 
-def measure(setup: Setup, trainable: Trainable) -> dict:
+def measure(setup: Setup, trainable: Trainable, log: RunLog) -> dict:
     """Greedy accuracy of the policy as it is now on held-out rows; of rows with completions, its preferences."""
     step, settings = setup.step, setup.step.settings
     now = policy(trainable, step.frozen, step.dtype)
@@ -302,7 +265,7 @@ def measure(setup: Setup, trainable: Trainable) -> dict:
         "batch_size": settings.eval_batch,
     }
     if setup.asked:
-        return summary(evaluate(*now, setup.asked, setup.reader, **sizes))
+        return summary(evaluate(*now, setup.asked, setup.reader, watch=log.evaluating, **sizes))
     return preference_accuracy(setup.given, given_logps(*now, setup.given, setup.reader, **sizes))
 
 
@@ -335,17 +298,29 @@ def train(settings: Settings) -> None:
             keep=settings.keep,
             rslora=settings.lora_rslora,
         )
+        if is_first():
+            report.write(settings.out)
 
-    with RunLog(settings.out, settings.steps, resume_step=done if settings.resume else None) as log:
-        write_json(settings.out / "config.json", described(settings))
+    about = described(settings)
+    track = tracker(settings.log if is_first() else None, settings.out, about["settings"])
+    with RunLog(settings.out, settings.steps, resume_step=done if settings.resume else None, track=track) as log:
+        write_json(settings.out / "config.json", about)
         if before is None:
-            before = measure(setup, trainable)
+            log.say("evaluating on held-out examples; the first batch compiles")
+            before = measure(setup, trainable, log)
             log.say(spoken("held-out accuracy before", before))
+        write_json(settings.out / "summary.json", {"before": before})
         log.say(setup.sampler)
         order = shuffled(len(setup.examples), settings.seed, cursor)
-        ahead = settings.prompts_per_step
-        rows = read_rows(setup.examples, order, setup.reader, ahead=ahead, first_place=cursor)
-        while done < settings.steps and not interrupt.requested:
+        rows = read_rows(
+            setup.examples,
+            order,
+            setup.reader,
+            batch_size=settings.prompts_per_step,
+            mesh=step.mesh,
+            first_place=cursor,
+        )
+        while done < settings.steps and not on_any_process(interrupt.requested):
             try:
                 if settings.objective == "sft":
                     trainable, opt_state, metrics = sft_step(step, trainable, opt_state, rows)
@@ -361,10 +336,14 @@ def train(settings: Settings) -> None:
                     f"{settings.out}: try a lower --learning-rate"
                 ) from error
             metrics["learning_rate"] = float(setup.rate(done * settings.num_iterations))
+            if (peak := peak_memory()) is not None:
+                metrics["memory/peak_gib"] = peak / 2**30
             done += 1
             cursor += metrics.get("prompts_drawn", settings.prompts_per_step)
             if settings.eval_every and done % settings.eval_every == 0 and done < settings.steps:
-                metrics["eval/accuracy"] = measure(setup, trainable)["accuracy"]
+                found = measure(setup, trainable, log)
+                low, high = found["interval"]
+                metrics |= {"eval/accuracy": found["accuracy"], "eval/accuracy_low": low, "eval/accuracy_high": high}
             log.metrics(done, metrics)
             log.progress(done, metrics)
             if done % settings.save_every == 0 or done == settings.steps:
@@ -372,8 +351,10 @@ def train(settings: Settings) -> None:
         if done < settings.steps:
             save()
         else:
-            after = measure(setup, trainable)
+            after = measure(setup, trainable, log)
             write_json(settings.out / "summary.json", {"before": before, "after": after})
+            if is_first():
+                report.write(settings.out)
     if done < settings.steps:
         print(f"stopped after step {done}; continue with: python train.py --resume {shlex.quote(str(settings.out))}")
         return
@@ -381,6 +362,7 @@ def train(settings: Settings) -> None:
     print(spoken("held-out accuracy after ", after))
     trained = settings.out / ("adapter" if settings.lora_r else "model")
     print(f"{settings.steps} steps in {(time.perf_counter() - started) / 60:.1f} minutes; the result is {trained}")
+    print(f"look at it: {settings.out / 'report.html'}")
     print(f"evaluate it with: python eval.py --ckpt {shlex.quote(str(settings.out))}")
 
 
@@ -391,11 +373,16 @@ def main() -> None:
         settings = replace(read(base=stored_settings(settings.resume)), out=settings.resume)
     if settings.virtual_devices:
         simulate_devices(settings.virtual_devices)
-    settings = resolve_defaults(settings)
-    print(spelled_out(settings))
-    train(settings)
+    if settings.plan:
+        return print_plan(settings)
+    connect(settings.coordinator, settings.num_processes, settings.process_id)
+    with stopping_together(), clean_errors():
+        settings = agree(resolve_defaults(settings))
+        print(spelled_out(settings))
+        train(settings)
 
 
 if __name__ == "__main__":
+    keep_compiled()
     with clean_errors():
         main()

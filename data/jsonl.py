@@ -66,11 +66,11 @@ def _images(row: dict[str, Any], folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _answer(row: dict[str, Any], choices: tuple[str, ...]) -> str:
+def _answer(row: dict[str, Any], choices: tuple[str, ...], needed: bool) -> str:
     """The answer as text: for multiple choice the text of the choice, whether the row gives that or its letter."""
     value = row.get("answer")
     if value is None:
-        if not any(row.get(field) for field in ("rubric", "reference", "completions", "chosen")):
+        if needed and not any(row.get(field) for field in ("rubric", "reference", "completions", "chosen")):
             raise ValueError("answer is missing; give one, or a rubric, a reference or completions")
         return ""
     if not (isinstance(value, list) or _is_number(value) or (isinstance(value, str) and value.strip())):
@@ -126,7 +126,7 @@ def _completions(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[float, ...
     return completions, tuple(map(float, rewards))
 
 
-def _example(row: Any, number: int, folder: Path) -> Example:
+def _example(row: Any, number: int, folder: Path, needs_answer: bool) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"it holds {type(row).__name__}, not an object with question and answer")
     if _text(row, "question") is None:
@@ -134,7 +134,7 @@ def _example(row: Any, number: int, folder: Path) -> Example:
     choices = _texts(row, "choices")
     if choices and not 2 <= len(choices) <= 26:
         raise ValueError(f"choices holds {len(choices)} texts; it must hold 2 to 26")
-    answer = _answer(row, choices)
+    answer = _answer(row, choices, needs_answer)
     answer_type, precision = _answer_type(row, answer, choices)
     completions, rewards = _completions(row)
     return Example(
@@ -156,8 +156,12 @@ def _example(row: Any, number: int, folder: Path) -> Example:
     )
 
 
-def load(path: Path, split: str = "all", *, skip_missing_images: bool = False) -> list[Example]:
+def load(
+    path: Path, split: str = "all", *, skip_missing_images: bool = False, needs_answers: bool = True
+) -> list[Example]:
     """The examples of a JSON Lines file in file order; `split` "train" or "test" divides them by a hash of the id.
+
+    With `needs_answers=False` a row may be a question that nothing is known about: its answer is then "".
 
     Raises one ValueError for all bad rows together, each with its line number: no JSON, a field missing or of the
     wrong kind, an id used twice, a picture outside the file's folder, or a picture that does not exist (such rows are
@@ -169,7 +173,7 @@ def load(path: Path, split: str = "all", *, skip_missing_images: bool = False) -
         if not line.strip():
             continue
         try:
-            example = _example(json.loads(line.decode("utf-8-sig")), number, path.parent)
+            example = _example(json.loads(line.decode("utf-8-sig")), number, path.parent, needs_answers)
             if example.id in examples:
                 raise ValueError(f"id {example.id!r} was used before")
             examples[example.id] = example

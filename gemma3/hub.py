@@ -5,12 +5,10 @@ from pathlib import Path
 
 NANO_DIRECTORY = Path(__file__).parent / "nano"
 
+# The tokenizer is read from tokenizer.model; the others go along with a model that is written again.
+_BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template*")
 # What a model directory is made of; nothing else is fetched.
-_FILES = [
-    *("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"),
-    # The tokenizer is read from tokenizer.model; the others go along with a model that is written again.
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template*"),
-]
+_FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", *_BESIDE]
 
 
 def _is_complete(snapshot: Path) -> bool:
@@ -64,3 +62,9 @@ def resolve(directory_or_name: str | Path) -> Path:
             f"{name} is not in the Hugging Face cache and could not be downloaded ({type(error).__name__}); check the "
             "network, or pass a model directory"
         ) from error
+
+
+def files_beside_weights(directory_or_name: str | Path) -> list[Path]:
+    """A model's files of tokenizer, chat template and processor, to be copied along when its weights are written."""
+    directory = resolve(directory_or_name)
+    return [path for pattern in _BESIDE for path in sorted(directory.glob(pattern))]

@@ -24,11 +24,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and its shape there."""
+    """Where a tensor lies, and its shape and dtype there."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str  # one of _FLOATS
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def list_tensors(path: Path) -> list[Stored]:
                     f"{path} stores {name} as {tensor.get_dtype()}; only {', '.join(_FLOATS)} can be read, "
                     "so pass a checkpoint that is not quantised"
                 )
-        return [Stored(path, name, tuple(tensor.get_shape())) for name, tensor in stored.items()]
+        return [Stored(path, name, tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in stored.items()]
 
 
 def _read(tensor: Stored, where: tuple[slice, ...]) -> np.ndarray:

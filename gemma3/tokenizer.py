@@ -120,6 +120,11 @@ class Tokenizer:
         size = self._pieces.get_piece_size()
         return self._pieces.decode([i for i in ids if i < size and i not in self._without_text])
 
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """Each id's own piece of text, for people to look at: control tokens by name, lone bytes as "<0xE2>"."""
+        size = self._pieces.get_piece_size()
+        return [self._pieces.id_to_piece(int(i)).replace("▁", " ") if i < size else f"<{i}>" for i in ids]
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the published chat template makes of it, to be read by people.
 

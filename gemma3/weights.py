@@ -5,8 +5,10 @@ Tensors missing, left over or of another shape are refused by name: transformers
 """
 
 import json
+import math
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from rich.progress import Progress
 
 from gemma3.config import Config
 from gemma3.config_json import config_to_dict, read_config
@@ -83,6 +86,9 @@ NAMES = {
         ("fc2_bias", "mlp.fc2.bias", "E -> E"),
     )
 }
+
+
+_SHOWN_BYTES = 2**30  # reading so much takes seconds, and shows its progress
 
 
 def axis_sizes(config: Config) -> dict[str, int]:
@@ -164,7 +170,15 @@ def load_tree(shapes, names: dict[str, tuple[str, str]], found: dict[str, Stored
 
         return place(shape, sharding, fill)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes, where)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    nbytes = sum(math.prod(shape.shape) * shape.dtype.itemsize for _, shape in leaves)
+    # On a terminal, where it takes long enough to be watched.
+    with Progress(transient=True, disable=nbytes < _SHOWN_BYTES or not sys.stdout.isatty()) as progress:
+        task, arrays = progress.add_task("reading weights", total=nbytes), []
+        for (path, shape), sharding in zip(leaves, jax.tree.leaves(where), strict=True):
+            arrays.append(leaf(path, shape, sharding))
+            progress.advance(task, arrays[-1].nbytes)
+    return jax.tree.unflatten(tree, arrays)
 
 
 def tensors_of(tree, names: dict[str, tuple[str, str]]) -> Iterator[tuple[str, str, Callable[[], jax.Array]]]:
@@ -205,20 +219,26 @@ def _find_tensors(directory: Path) -> dict[str, Stored]:
     return found
 
 
+def _main_dtype(found: Iterable[Stored]):
+    """That of the largest tensor, where a float64 counts as the float32 that JAX makes of it."""
+    largest = max(found, key=lambda tensor: math.prod(tensor.shape))
+    return {"BF16": jnp.bfloat16, "F16": jnp.float16}.get(largest.dtype, jnp.float32)
+
+
 def load_checkpoint(
     directory_or_name: str | Path, dtype=jnp.float32, mesh: Mesh | None = None
 ) -> tuple[Config, Params]:
     """Read a Hugging Face model directory, or one found by name ("google/gemma-3-4b-it", "nano").
 
-    Each device's part of each parameter is read straight from the files, cast to `dtype` on the way: split over `mesh`
-    as `gemma3.mesh` says, or on the first device. Never unpickles. ValueError, in a sentence, for whatever cannot be
-    used: the config, a damaged file, a tensor missing, left over or of another shape, an output layer that is not
-    the embedding table.
+    Each device's part of each parameter is read straight from the files, cast on the way to `dtype`, or if it is None
+    to that of the files' largest tensor: split over `mesh` as `gemma3.mesh` says, or on the first device. Never
+    unpickles. ValueError, in a sentence, for whatever cannot be used: the config, a damaged file, a tensor missing,
+    left over or of another shape, an output layer that is not the embedding table.
     """
     directory = resolve(directory_or_name)
     config = read_config(directory)
-    shapes, sizes = param_shapes(config, dtype), axis_sizes(config)
     found = _find_tensors(directory)
+    shapes, sizes = param_shapes(config, dtype or _main_dtype(found.values())), axis_sizes(config)
     head = found.pop("lm_head.weight", None)
     expected = {name: stored_shape(layout, sizes) for name, layout, _ in tensors_of(shapes, NAMES)}
     check_tensors(found, expected, directory)

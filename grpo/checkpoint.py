@@ -26,17 +26,15 @@ from safetensors.numpy import save_file
 
 from gemma3.adapter import load_adapter, save_adapter
 from gemma3.config import Config
-from gemma3.hub import resolve
+from gemma3.hub import files_beside_weights
 from gemma3.lora import Lora
 from gemma3.model import Params
 from gemma3.vision import Vision
 from gemma3.weights import load_checkpoint, save_checkpoint
+from grpo.processes import is_first, to_first
 from grpo.update import Trainable
 
 FORMAT = 1  # of state/; raised by a change that older code could not read
-
-# What a model directory holds beside config and weights, to be copied along with trained weights.
-_COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template*")
 
 
 def _folder(run: Path) -> Path:
@@ -127,9 +125,8 @@ def _write_weights(
     if isinstance(trainable, Lora):
         save_adapter(directory / "adapter", config, trainable, base_model, rslora=rslora)
     else:
-        beside = [path for pattern in _COPIED for path in sorted(resolve(base_model).glob(pattern))]
         params = trainable if isinstance(trainable, Params) else Params(trainable, frozen_vision)
-        save_checkpoint(directory / "model", config, params, also=beside)
+        save_checkpoint(directory / "model", config, params, also=files_beside_weights(base_model))
 
 
 def _write_state(directory: Path, opt_state: optax.OptState, content: dict) -> None:
@@ -162,7 +159,7 @@ def save(
 
     A crash at any moment leaves the earlier checkpoints, and the link, as they were. What was saved after `step`, by a
     run that has since been continued from an earlier one, goes, and so do all but the `keep` newest and what a crash
-    left behind. The arrays must be addressable from this process.
+    left behind. Every process calls this, and the first one writes.
 
     frozen_vision: the tower that makes a whole model of a trained `Text`, else None; base_model: the name or directory
     of the model trained, from which a whole model takes its tokenizer; extra: what msgpack can hold; rslora: how the
@@ -171,10 +168,15 @@ def save(
     if keep < 1:
         raise ValueError(f"--keep {keep}: at least 1 checkpoint must stay")
     run, folder = Path(run), _folder(run)
+    target = folder / f"{step:08}"
+    whole = not isinstance(trainable, Lora | Params)
+    trainable, opt_state, frozen_vision = to_first((trainable, opt_state, frozen_vision if whole else None))
+    if not is_first():
+        return target
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".[0-9]*"):
         shutil.rmtree(leftover)
-    new, target = folder / f".{step:08}.new", folder / f"{step:08}"
+    new = folder / f".{step:08}.new"
     content = {
         "step": step,
         "base_model": base_model,

@@ -13,10 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from rich.theme import Theme
+
+from grpo.processes import is_first
+from grpo.trackers import Track
 
 # Columns of the terminal's table: heading, metric, format. Those whose metric a run does not have are left out.
 COLUMNS = (
@@ -31,6 +35,7 @@ COLUMNS = (
 # The parts of a step: their seconds are "time/rollout" and so on, and the table shows their shares.
 TIMES = ("rollout", "reward", "update")
 _SECONDS_BETWEEN_ROWS = 10.0
+_PICTURE_SIDE = 224  # pictures are kept to be looked at, no larger than this
 _THEME = Theme({"bar.complete": "cyan", "bar.finished": "cyan", "progress.elapsed": "dim"})
 
 
@@ -57,6 +62,8 @@ def _to_json(value: Any, **layout: Any) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    if not is_first():
+        return
     new = path.with_name(f".{path.name}.new")
     with open(new, "wb") as file:
         file.write(content)
@@ -107,10 +114,12 @@ class RunLog:
     """The log of one run, as a context manager: two files in the run directory, and the terminal.
 
     run: its directory, which must exist; total_steps: when the run ends; resume_step: the step after which it goes on,
-    later lines of the files being dropped, or None for a new run. ValueError if a new run would add to an older one's.
+    later lines of the files being dropped, or None for a new run; track: what else gets the metrics. ValueError if a
+    new run would add to an older one's.
     """
 
-    def __init__(self, run: Path, total_steps: int, *, resume_step: int | None):
+    def __init__(self, run: Path, total_steps: int, *, resume_step: int | None, track: Track | None = None):
+        self._track = track
         self._metrics, self._samples = Path(run) / "metrics.jsonl", Path(run) / "samples.jsonl"
         self._total = total_steps
         if resume_step is not None:
@@ -147,6 +156,8 @@ class RunLog:
             self._live.stop()
 
     def _append(self, path: Path, records: Sequence[dict]) -> None:
+        if not is_first():
+            return
         content = "".join(_to_json(_plain(record, _float32)) for record in records).encode()
         with open(path, "ab", buffering=0) as file:
             file.write(content)
@@ -154,10 +165,28 @@ class RunLog:
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line of numbers under TRL's names to metrics.jsonl, with the digits of a float32."""
         self._append(self._metrics, [{"step": step, **metrics}])
+        if self._track is not None:
+            self._track(step, metrics)
 
     def samples(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Append a line for each prompt of a step to samples.jsonl: the prompt and the completions of its group."""
-        self._append(self._samples, [{"step": step, **group} for group in groups])
+        """Append a line for each prompt of a step to samples.jsonl: the prompt and the completions of its group.
+
+        "pictures" of a group, uint8[h, w, 3], become files of which the line holds the names.
+        """
+        lines = [{"step": step, **group} for group in groups]
+        for place, line in enumerate(lines):
+            if line.get("pictures") and is_first():
+                named = enumerate(line["pictures"])
+                line["pictures"] = [self._keep_picture(f"{step:08}-{place}-{i}.png", x) for i, x in named]
+        self._append(self._samples, lines)
+
+    def _keep_picture(self, name: str, pixels: np.ndarray) -> str:
+        path = self._samples.with_name("pictures") / name
+        path.parent.mkdir(exist_ok=True)
+        image = Image.fromarray(pixels)
+        image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+        image.save(path)
+        return f"pictures/{name}"
 
     def say(self, text: str) -> None:
         """Print a line, above the live one if there is one."""
@@ -174,6 +203,11 @@ class RunLog:
         if self._row is not None:
             self._console.print(self._row)
             self._row = None
+
+    def evaluating(self, answered: int, total: int) -> None:
+        """Show on the live line how far an evaluation has come."""
+        if self._live is not None:
+            self._live.update(self._task, now=f"evaluating on held-out examples, {answered} of {total}")
 
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a finished step: at once on the live line, and as a row of the table every ten seconds or so.

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
     place: int
     example: Any
-    prompt: Prompt
+    prompt: Prompt | None  # None where another process reads it
 
 
 class Rollout(NamedTuple):
@@ -47,11 +47,13 @@ class Rollout(NamedTuple):
 
 
 def split_over_data(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    return jax.device_put(array, NamedSharding(mesh, P(DATA)))
+    """An array on the mesh, split along its first axis; of several processes each looks at the rows it holds only."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(DATA)), lambda rows: array[rows])
 
 
 def place_prompts(
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | None],
     index: Sequence[int],
     params: Params,
     lora: Lora | None,
@@ -64,13 +66,15 @@ def place_prompts(
 ) -> Prompts:
     """Pad prompts to [Q, P], put them on the mesh and encode their pictures; `index` keys each one's randomness.
 
-    Q is filled up to a multiple of the data axis with empty rows, which are not sampled. Every batch has room for
-    `max_images` pictures a prompt, so that one compilation serves them all. `keep_pixels` keeps the pictures
-    themselves, for training the vision tower or an adapter of it.
+    A prompt that another process holds is None here. Q is filled up to a multiple of the data axis with empty rows,
+    which are not sampled. Every batch has room for `max_images` pictures a prompt, so that one compilation serves them
+    all. `keep_pixels` keeps the pictures themselves, for training the vision tower or an adapter of it.
     """
     rows = -(-len(prompts) // mesh.shape[DATA]) * mesh.shape[DATA]
     ids = np.full((rows, max_prompt_length), config.pad_id, np.int32)
     for row, prompt in zip(ids, prompts, strict=False):
+        if prompt is None:
+            continue
         if len(prompt.ids) > max_prompt_length:
             raise ValueError(
                 f"a prompt has {len(prompt.ids)} tokens, more than --max-prompt-length {max_prompt_length}"
@@ -80,7 +84,7 @@ def place_prompts(
     keys[: len(prompts)] = index
     soft = pixels = None
     if max_images:
-        pictures = [prompt.pictures for prompt in prompts] + [[]] * (rows - len(prompts))
+        pictures = [[] if prompt is None else prompt.pictures for prompt in prompts] + [[]] * (rows - len(prompts))
         pixels = split_over_data(pack_images(pictures, ids, config, max_images), mesh)
         soft = encode(params, pixels, lora, config=config, mesh=mesh)
     return Prompts(split_over_data(ids, mesh), soft, split_over_data(keys, mesh), pixels if keep_pixels else None)
@@ -132,6 +136,6 @@ def take_rows(rollouts: Sequence[Rollout], rows: Sequence[int]) -> Rollout:
     index = np.asarray(rows)
 
     def take(*parts: jax.Array) -> jax.Array:
-        return jax.device_put(jnp.concatenate(parts)[index], parts[0].sharding)
+        return jax.lax.with_sharding_constraint(jnp.concatenate(parts)[index], parts[0].sharding)
 
     return jax.tree.map(take, *rollouts)

@@ -3,23 +3,30 @@
 Names are TRL's where TRL has one, and PEFT's for LoRA.
 """
 
+import json
 import math
+import shutil
+import subprocess
+import sys
+import textwrap
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from gemma3.config import NANO
+from gemma3.config import CONFIGS, NANO, Config
 from gemma3.config_json import read_config
 from gemma3.hub import resolve
 from gemma3.lora import TARGETS
 from gemma3.mesh import DATA
 from grpo.algorithm import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, SCALE_REWARDS, LossConfig
 from grpo.cli import flag
+from grpo.trackers import TRACKERS
 
-PROMPTS = ("instructed", "role", "hint", "query", "bare")
+WORDINGS = ("instructed", "role", "hint", "query", "bare")
 # Found for the nano model on the embedded task: an adapter, and all weights.
 NANO_LEARNING_RATES = (1e-3, 3e-4)
 
@@ -58,6 +65,7 @@ class Settings:
     eval_every: int = flag(0, "steps between evaluations on held-out examples; 0: only before and after", "Run")
     eval_limit: int = flag(384, "held-out examples to evaluate on; 0: all", "Run")
     eval_batch: int = flag(128, "examples at a time in evaluation", "Run")
+    log: str | None = flag(None, "a tracker to send metrics to as well", "Run", TRACKERS)
 
     model: str = flag("nano", "nano, a directory, a name such as google/gemma-3-4b-it, or scratch: a new nano", "Model")
     adapter: Path | None = flag(None, "PEFT adapter to start from, with its rank, scale and targets", "Model")
@@ -73,9 +81,7 @@ class Settings:
 
     data: str = flag("synthetic", "mathvista, gsm8k, synthetic, or a .jsonl, .parquet or .json file", "Data")
     eval_data: str | None = flag(None, "held-out dataset (default: the held-out part of --data)", "Data")
-    prompt: str | None = flag(
-        None, "wording of the prompt (default instructed; for nano on synthetic bare)", "Data", PROMPTS
-    )
+    wording: str | None = flag(None, "of the prompt (default instructed; for nano on synthetic bare)", "Data", WORDINGS)
     format: str = flag("answer", "tags the model answers in", "Data", ["answer", "solution"])
     reward: str | None = flag(None, "weighted parts, a preset, or my.py:function (default answer=1,format=0.5)", "Data")
     max_prompt_length: int | None = flag(
@@ -126,11 +132,25 @@ class Settings:
     )
 
     mesh: str = flag("1,1", "devices: DATA,TENSOR", "Devices")
-    virtual_devices: int = flag(0, "simulate this many devices on a CPU", "Devices")
+    virtual_devices: int = flag(0, "simulate this many devices on a CPU, in each process", "Devices")
+    coordinator: str | None = flag(None, "HOST:PORT of process 0 of several (default: as a cluster says)", "Devices")
+    num_processes: int | None = flag(None, "how many there are", "Devices")
+    process_id: int | None = flag(None, "which one this is, from 0", "Devices")
+    plan: str | None = flag(
+        None, "run nothing; print what a step needs on a TPU such as v5e:2x4, or on cpu or gpu, those here", "Devices"
+    )
+
+
+def model_config(model: str) -> Config:
+    """The config of a model: of a published name without its files, else read from where `resolve` finds it."""
+    if model == "scratch":
+        return NANO
+    published = CONFIGS.get(model.removeprefix("google/"))
+    return published if published and not Path(model).is_dir() else read_config(resolve(model))
 
 
 def _is_nano(model: str) -> bool:
-    return model == "scratch" or read_config(resolve(model)).hidden_size == NANO.hidden_size
+    return model_config(model).hidden_size == NANO.hidden_size
 
 
 def resolve_defaults(settings: Settings) -> Settings:
@@ -138,7 +158,7 @@ def resolve_defaults(settings: Settings) -> Settings:
     embedded = settings.data == "synthetic" and _is_nano(settings.model)
     defaults = {
         "dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
-        "prompt": "bare" if embedded else "instructed",
+        "wording": "bare" if embedded else "instructed",
         "reward": "answer=1,format=0.5",
         "max_prompt_length": 32 if embedded else 512,
         "max_completion_length": 56 if embedded else 512,
@@ -200,3 +220,53 @@ def check_batch(settings: Settings, mesh: Mesh) -> int:
             f"(--prompts-per-step {prompts}, --mesh {settings.mesh})"
         )
     return micro_batch
+
+
+def git_commit() -> str | None:
+    """The commit of this code, or None where it is no git checkout or there is no git."""
+    if shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip() or None
+
+
+def described(settings: Settings) -> dict:
+    """What config.json of a run holds: the resolved flags, and what they ran on."""
+    packages = ("jax", "jaxlib", "numpy", "optax", "sentencepiece", "pillow", "safetensors")
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    return {
+        "settings": flags,
+        "command": " ".join(["python", *sys.argv]),
+        "packages": {name: version(name) for name in packages},
+        "git": git_commit(),
+        "devices": f"{len(jax.devices())} {jax.devices()[0].device_kind}",
+    }
+
+
+def spelled_out(settings: Settings) -> str:
+    """The resolved flags by topic, for the terminal."""
+    topics = {}
+    for entry in fields(settings):
+        value = getattr(settings, entry.name)
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        topics.setdefault(entry.metadata["group"], []).append(f"{entry.name}={shown}")
+    indent = " " * 11
+    return "\n".join(
+        textwrap.fill(f"{topic:<11}{'  '.join(values)}", width=110, subsequent_indent=indent, break_on_hyphens=False)
+        for topic, values in topics.items()
+    )
+
+
+def stored_settings(run: Path) -> Settings:
+    """The settings that a run was started with, to continue it; ValueError where there is no such run."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {run}: there is no run, since {path} does not exist")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        typed = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        adapter = typed["adapter"] and Path(typed["adapter"])
+        of_this_start = dict.fromkeys(("resume_step", "coordinator", "num_processes", "process_id"))
+        return Settings(**typed | of_this_start | {"out": run, "adapter": adapter, "resume": run})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {run}: {path} is damaged or of another version ({error})") from error

@@ -24,15 +24,21 @@ from gemma3.tokenizer import Tokenizer
 from grpo.algorithm import (
     LossBatch,
     LossConfig,
+    clipped,
     group_advantages,
+    importance_ratio,
     leave_one_out_advantages,
     mask_truncated,
     token_weights,
     zero_std_groups,
 )
+from grpo.processes import exchange, held_rows, on_any_process, rows_on_host
 from grpo.rollout import Rollout, Row, place_prompts, roll_out, split_over_data, take_rows
 from grpo.settings import Settings
 from grpo.update import Trainable, policy, score, update
+
+# Of so many prompts of a step samples.jsonl holds every token, and the pictures are kept: there to be looked at.
+SHOWN_PROMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Step:
 
 
 class Scored(NamedTuple):
-    """A rollout with its rewards, on the host but for the rollout's arrays."""
+    """A rollout with its rewards, on every process's host but for the rollout's arrays."""
 
     rows: list[Row]
     rollout: Rollout
@@ -91,6 +97,8 @@ class Scored(NamedTuple):
     rewards: np.ndarray  # float32[Q, G], NaN where nothing could be scored
     parts: dict[str, np.ndarray]  # each part's [Q, G]
     correct: np.ndarray  # bool[Q, G]
+    lengths: np.ndarray  # int[Q, G] in tokens, the stop token included; 0 fills a group up to G
+    finished: np.ndarray  # bool[Q, G]
     seconds: float  # that rewarding took
 
 
@@ -116,7 +124,8 @@ def draw(step: Step, params: Params, lora: Lora | None, rows: list[Row], number:
     prompts = step.place(rows, params, lora)
     given = np.array([bool(row.example.completions) for row in rows])
     # An empty prompt is not sampled. It is placed as the others are, or sampling would be compiled again.
-    asked = jax.device_put(jnp.where(given[:, None], step.config.pad_id, prompts.ids), prompts.ids.sharding)
+    asked = jnp.where(given[:, None], step.config.pad_id, prompts.ids)
+    asked = jax.lax.with_sharding_constraint(asked, prompts.ids.sharding)
     rollout = roll_out(
         params,
         lora,
@@ -145,37 +154,52 @@ def draw(step: Step, params: Params, lora: Lora | None, rows: list[Row], number:
 
 
 def judge_rollout(step: Step, rows: list[Row], rollout: Rollout) -> Scored:
-    """Decode the completions and reward them; rows that bring rewards of their own keep these.
+    """Decode the completions and reward them, each process those it holds; rows that bring their own rewards keep them.
 
     FloatingPointError where the model's log-probs are not finite, so that what it drew means nothing.
     """
-    ids, mask, finished, logps = jax.device_get(
-        (rollout.completion_ids, rollout.completion_mask, rollout.finished, rollout.sampler_logps)
-    )
-    if not np.isfinite(logps[mask]).all():
+    held = sorted(held_rows(len(rows), step.mesh))
+    drawn = (rollout.completion_ids, rollout.completion_mask, rollout.finished, rollout.sampler_logps)
+    ids, mask, finished, logps = (rows_on_host(array)[held] for array in drawn)
+    if on_any_process(not np.isfinite(logps[mask]).all()):
         raise FloatingPointError("the model's log-probs are not finite")
     started = time.perf_counter()
-    tokenizer, shape = step.tokenizer, mask.shape[:2]
+    tokenizer, shape, lengths = step.tokenizer, mask.shape[:2], mask.sum(axis=-1)
     texts = [[tokenizer.decode(i[m]) for i, m in zip(*group, strict=True)] for group in zip(ids, mask, strict=True)]
-    repeated = [row.example for row in rows for _ in range(shape[1])]
+    repeated = [rows[q].example for q in held for _ in range(shape[1])]
     flat = [text for group in texts for text in group]
     scores = step.scorer(
         flat,
         repeated,
-        num_tokens=mask.sum(axis=-1).reshape(-1).tolist(),
+        num_tokens=lengths.reshape(-1).tolist(),
         finished=finished.reshape(-1).tolist(),
         prompts=[step.render(example) for example in repeated],
     )
     rewards = np.array(scores.total, np.float32).reshape(shape)
-    for row, of_row in zip(rows, rewards, strict=True):
-        if row.example.completion_rewards:
-            of_row[: len(row.example.completion_rewards)] = row.example.completion_rewards
+    for q, of_row in zip(held, rewards, strict=True):
+        if own := rows[q].example.completion_rewards:
+            of_row[: len(own)] = own
     parts = {name: np.array(values, np.float32).reshape(shape) for name, values in scores.parts.items()}
     for values in (rewards, *parts.values()):
-        values[~mask.any(axis=-1)] = np.nan  # what fills a group up to G
+        values[lengths == 0] = np.nan  # what fills a group up to G
     correct = [step.is_right(text, example) for text, example in zip(flat, repeated, strict=True)]
-    correct = np.array(correct).reshape(shape)
-    return Scored(rows, rollout, texts, rewards, parts, correct, time.perf_counter() - started)
+
+    def together(values: np.ndarray | list) -> list:
+        """What each process knows of the rows it holds, of all rows in order."""
+        by_row = exchange(dict(zip(held, values if isinstance(values, list) else values.tolist(), strict=True)))
+        return [by_row[q] for q in range(len(rows))]
+
+    return Scored(
+        rows,
+        rollout,
+        completions=together(texts),
+        rewards=np.array(together(rewards), np.float32),
+        parts={name: np.array(together(values), np.float32) for name, values in parts.items()},
+        correct=np.array(together(np.array(correct).reshape(shape))),
+        lengths=np.array(together(lengths)),
+        finished=np.array(together(finished)),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def collect(step: Step, params: Params, lora: Lora | None, rows: Iterator[Row], number: int) -> tuple[Scored, int]:
@@ -206,7 +230,10 @@ def collect(step: Step, params: Params, lora: Lora | None, rows: Iterator[Row], 
         completions=pick(scored.completions for scored in batches),
         rewards=rewards[chosen],
         parts={name: np.concatenate([s.parts[name] for s in batches])[chosen] for name in batches[0].parts},
-        correct=np.concatenate([scored.correct for scored in batches])[chosen],
+        **{
+            name: np.concatenate([getattr(scored, name) for scored in batches])[chosen]
+            for name in ("correct", "lengths", "finished")
+        },
         seconds=sum(scored.seconds for scored in batches),
     )
     return scored, size * len(batches)
@@ -225,12 +252,11 @@ def mean_and_std(values: np.ndarray) -> tuple[float, float]:
 
 def group_metrics(scored: Scored) -> dict[str, float]:
     """What rewards and completions say about a step, under TRL's names."""
-    mask, finished = jax.device_get((scored.rollout.completion_mask, scored.rollout.finished))
-    lengths = mask.sum(axis=-1)[mask.any(axis=-1)]
-    ended = mask.sum(axis=-1)[finished]
+    present = scored.lengths > 0
+    lengths, ended = scored.lengths[present], scored.lengths[scored.finished]
     metrics = {
         "frac_reward_zero_std": np.mean(np.asarray(zero_std_groups(scored.rewards))),
-        "accuracy": scored.correct[mask.any(axis=-1)].mean(),
+        "accuracy": scored.correct[present].mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -244,9 +270,38 @@ def group_metrics(scored: Scored) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def describe(scored: Scored, advantages: np.ndarray, step: Step) -> list[dict]:
-    """The lines of samples.jsonl: each prompt, and its completions with rewards by part and advantage."""
-    finished = jax.device_get(scored.rollout.finished)
+def describe_tokens(step: Step, scored: Scored, batch: LossBatch, logps: jax.Array) -> dict[int, list[dict]]:
+    """Of the first prompts that this process holds, each completion's tokens: as pieces, the sampler's log-prob of
+    each, its ratio in the last update, whose policy had `logps`, and whether that was clipped.
+    """
+    rollout, old = scored.rollout, logps if batch.old_logps is None else batch.old_logps
+    arrays = (rollout.completion_ids, rollout.completion_mask, rollout.sampler_logps, logps, old, batch.advantages)
+    arrays = [rows_on_host(array) for array in arrays]
+    tokens = {}
+    here = [q for q in sorted(held_rows(len(scored.rows), step.mesh)) if scored.rows[q].prompt is not None]
+    for q in here[:SHOWN_PROMPTS]:
+        ids, mask, sampler_logps, new, old, advantages = (array[q] for array in arrays)
+        ratio = importance_ratio(new, old, mask, level=step.loss.ratio_level)
+        ratio = jnp.broadcast_to(ratio, mask.shape)
+        low, high = clipped(ratio, advantages[:, None], step.loss)
+        ratio, beyond = np.asarray(ratio), np.asarray(low | high)
+        tokens[q] = [
+            {
+                "tokens": step.tokenizer.pieces(ids[g][m]),
+                "logps": sampler_logps[g][m],
+                "ratios": ratio[g][m],
+                "clipped": beyond[g][m],
+            }
+            for g, m in enumerate(mask)
+        ]
+    return tokens
+
+
+def describe(step: Step, scored: Scored, advantages: np.ndarray, tokens: dict[int, list[dict]]) -> list[dict]:
+    """The lines of samples.jsonl: each prompt, and its completions with rewards by part and advantage.
+
+    Those in `tokens` come with their tokens, and with their pictures, uint8[h, w, 3].
+    """
     groups = []
     for q, row in enumerate(scored.rows):
         completions = [
@@ -256,12 +311,15 @@ def describe(scored: Scored, advantages: np.ndarray, step: Step) -> list[dict]:
                 "rewards": {name: values[q, g] for name, values in scored.parts.items()},
                 "correct": scored.correct[q, g],
                 "advantage": advantages[q, g],
-                "finished": finished[q, g],
+                "finished": scored.finished[q, g],
             }
             for g, text in enumerate(scored.completions[q])
         ]
-        chat = step.render(row.example)
-        groups.append({"id": row.example.id, "prompt": chat, "answer": row.example.answer, "completions": completions})
+        group = {"id": row.example.id, "prompt": step.render(row.example), "answer": row.example.answer}
+        if q in tokens:
+            group["pictures"] = row.prompt.pictures
+            completions = [whole | parts for whole, parts in zip(completions, tokens[q], strict=True)]
+        groups.append(group | {"completions": completions})
     return groups
 
 
@@ -290,7 +348,7 @@ def grpo_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
     )
     updates = []
     for _ in range(s.num_iterations):
-        trainable, opt_state, metrics = update(
+        trainable, opt_state, metrics, logps = update(
             trainable,
             opt_state,
             step.frozen,
@@ -311,7 +369,8 @@ def grpo_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
     ended, rolling = time.perf_counter(), sampled - started - scored.seconds
     metrics |= {"time/rollout": rolling, "time/reward": scored.seconds, "time/update": ended - sampled}
     metrics |= {"step_time": ended - started, "tokens_per_second": metrics["num_tokens"] / rolling}
-    return trainable, opt_state, metrics, describe(scored, np.asarray(advantages), step)
+    tokens = describe_tokens(step, scored, batch, logps)
+    return trainable, opt_state, metrics, describe(step, scored, np.asarray(advantages), tokens)
 
 
 def sft_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row]):
@@ -324,7 +383,7 @@ def sft_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row]):
     put = lambda array: split_over_data(array, step.mesh)  # noqa: E731
     weights = token_weights("dapo", jnp.asarray(mask), max_completion_length=s.max_completion_length)
     batch = LossBatch(put(np.zeros(mask.shape[:2], np.float32)), put(mask), put(weights), old_logps=None)
-    trainable, opt_state, metrics = update(
+    trainable, opt_state, metrics, _ = update(
         trainable,
         opt_state,
         step.frozen,

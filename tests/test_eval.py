@@ -42,7 +42,9 @@ METADATA = {
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
     """A model directory with random weights and a tokenizer trained on the embedded task."""
-    return new_nano(tmp_path_factory.mktemp("eval") / "nano", synthetic("train", 300, 0), seed=0)
+    directory = tmp_path_factory.mktemp("eval") / "nano"
+    new_nano(directory, synthetic("train", 300, 0), seed=0)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,7 @@ def test_the_adapters_figures_stand_beside_the_bases(run, adapter, nano):
     assert [line["id"] for line in of_model(both.lines, "adapter")] == [f"test-0-{i}" for i in range(7)]
     assert "base: 0.0% (95% interval 0.0% to 35.4%, n=7)" in both.printed and "\x1b" not in both.printed
     assert both.figures["adapter"]["by"]["kind"]["text"]["n"] == 2
+    assert (both.at / "eval.html").read_text("utf-8").count("<article") == 7
     alone = run("--ckpt", adapter, "--limit", 7, "--max-completion-length", 9, "--no-base")
     assert "base" not in alone.figures and alone.figures["adapter"] == both.figures["adapter"]
     assert of_model(alone.lines, "adapter") == of_model(both.lines, "adapter")
@@ -196,7 +199,7 @@ def test_the_mathvista_stand_in_runs_end_to_end(run, nano, shared_data):
 
 def test_gsm8k_has_its_strict_and_flexible_accuracy(run, nano, tmp_path):
     data = write_rows(tmp_path / "test.jsonl", *({"question": f"{n}?", "answer": f"so\n#### {n}"} for n in range(3)))
-    flags = ("--data", data, "--prompt", "bare", "--max-prompt-length", 32, "--max-completion-length", 9)
+    flags = ("--data", data, "--wording", "bare", "--max-prompt-length", 32, "--max-completion-length", 9)
     figures = run("--ckpt", nano, *flags).figures["model"]
     assert list(figures["gsm8k"]) == ["strict", "flexible"]
     assert figures["gsm8k"]["flexible"]["n"] == figures["n"] == 3
@@ -219,7 +222,7 @@ def preferences(tmp_path_factory):
 
 def test_preference_accuracy_is_that_of_the_log_probs_and_of_the_reward(run, nano, preferences):
     """The reward is right on a, wrong on b where it disagrees with the data, and says nothing on c."""
-    flags = ("--prompt", "bare", "--max-prompt-length", 32, "--max-completion-length", 70)
+    flags = ("--wording", "bare", "--max-prompt-length", 32, "--max-completion-length", 70)
     found = run("--ckpt", nano, "--data", preferences, *flags)
     lines = {line["id"]: line for line in found.lines}
     assert lines["a"]["rewards"] == [1.5, 0.5] and lines["b"]["rewards"] == [0.0, 1.5, 0.0]
@@ -307,16 +310,36 @@ def test_what_a_run_trained_on_is_known_under_another_name(mathvista, tmp_path):
 
 
 def test_what_is_not_given_is_as_the_run_was_trained():
-    run = {"data": "gsm8k", "prompt": "role", "format": "solution", "max_prompt_length": 77, "reward": "format"}
+    run = {"data": "gsm8k", "wording": "role", "format": "solution", "max_prompt_length": 77, "reward": "format"}
     run |= {"max_completion_length": 88, "pan_and_scan": True, "dtype": "bfloat16", "out": "elsewhere", "seed": 9}
     own = evaluation.resolve_settings(EvalSettings(ckpt="RUN", max_prompt_length=66), run)
-    assert (own.data, own.split, own.prompt, own.format) == ("gsm8k", "test", "role", "solution")
+    assert (own.data, own.split, own.wording, own.format) == ("gsm8k", "test", "role", "solution")
     assert (own.max_prompt_length, own.max_completion_length, own.pan_and_scan) == (66, 88, True)
     assert (own.dtype, own.seed, str(own.out)) == ("float32", 0, "RUN/eval.json")
     other = evaluation.resolve_settings(EvalSettings(ckpt="RUN", data="mathvista"), run)
-    assert (other.split, other.prompt, other.format, other.max_prompt_length) == ("all", "instructed", "solution", 512)
+    assert (other.split, other.wording, other.format, other.max_prompt_length) == ("all", "instructed", "solution", 512)
     model = evaluation.resolve_settings(EvalSettings(), {})
-    assert (model.data, model.split, model.prompt, str(model.out)) == ("synthetic", "test", "bare", "eval.json")
+    assert (model.data, model.split, model.wording, str(model.out)) == ("synthetic", "test", "bare", "eval.json")
+
+
+def test_a_question_is_answered_before_and_after_training(adapter, tmp_path, capsys):
+    """With a picture; neither an evaluation nor any file is made of it."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    flags = ["--ckpt", adapter, "--prompt", "How many red dots?", "--image", tmp_path / "a.png"]
+    evaluation.main([*map(str, flags), "--base", "--max-completion-length", "9", "--strategy", "standard"])
+    printed = capsys.readouterr().out
+    before, after = printed.split("adapter, standard: temperature 1, top-k 64, top-p 0.95\n")
+    assert before.startswith("base, standard: temperature 1, top-k 64, top-p 0.95\n")
+    assert before.splitlines()[1:] != after.splitlines() and "\x1b" not in printed
+    assert "(cut at 9 tokens; --max-completion-length 18 would let it go on)" in after
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
+def test_a_model_without_a_vision_tower_is_shown_nothing(nano):
+    config = dataclasses.replace(NANO, vision=None)
+    reader = evaluation.Reader(config, Tokenizer(nano, config), "bare", "answer")
+    with pytest.raises(ValueError, match="the picture cannot be shown: this model reads text only"):
+        reader.views(png("red"))
 
 
 def test_bad_input_ends_in_a_sentence(tmp_path):
@@ -327,6 +350,10 @@ def test_bad_input_ends_in_a_sentence(tmp_path):
         evaluation.main(["--ckpt", str(tmp_path)])
     with pytest.raises(ValueError, match="'nope' is no known dataset and no file or folder; known are synthetic, the"):
         evaluation.main(["--ckpt", str(tmp_path), "--data", "nope"])
+    with pytest.raises(ValueError, match="--base: --ckpt nano is a model that was not trained from another here"):
+        evaluation.main(["--prompt", "2+2?", "--base"])
+    with pytest.raises(ValueError, match=r"none\.png cannot be read: No such file or directory"):
+        evaluation.main(["--prompt", "2+2?", "--image", str(tmp_path / "none.png")])
     command = [sys.executable, str(Path(evaluation.__file__)), "--num-samples", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     sentence = "error: --num-samples 3: greedy samples of an example are all alike; add --temperature 1\n"

@@ -2,10 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from grpo.eval_settings import EvalSettings, find_models
+from gemma3.config import CONFIGS, NANO
+from gemma3.sample import Sampling
+from grpo.eval_settings import STRATEGIES, EvalSettings, find_models, resolve_use
 
 
 def make_run(path, trained: str | None, config: bool = True):
@@ -69,8 +72,65 @@ def test_a_bad_ckpt_is_refused_in_a_sentence(tmp_path):
         ({"limit": -1}, "--limit -1: it must be 0 or more"),
         ({"temperature": -0.5}, "--temperature -0.5: it must be 0 or more"),
         ({"num_samples": 4}, "--num-samples 4: greedy samples of an example are all alike; add --temperature 1"),
+        ({"chat": True, "batch": Path("q")}, "--chat and --batch are different ways to use a model; give one of them"),
+        ({"prompt": "2+2?", "examples": True}, "--prompt and --examples are different ways to use a model"),
+        ({"image": ("a.png",)}, "--image goes with --prompt; in --chat type /image, in a --batch .jsonl give it an"),
+        ({"image": ("a.png",), "chat": True}, "--image goes with --prompt"),
+        ({"output": Path("a")}, "--output goes with --batch; --out is where an evaluation writes"),
+        ({"prompt": " "}, "--prompt is empty; give a question"),
+        ({"prompt": "bare"}, "--prompt bare: it is the question here; the flag for how to word is --wording"),
+        ({"strategy": "greedy", "temperature": 0.5}, "--strategy greedy and --temperature 0.5 contradict; give one"),
+        ({"compare_strategies": True}, "--compare-strategies needs a --prompt, or --examples, to answer"),
+        ({"compare_strategies": True, "chat": True}, "--compare-strategies needs a --prompt, or --examples, to answer"),
+        (
+            {"compare_strategies": True, "examples": True, "strategy": "greedy"},
+            "leave --strategy and --temperature out",
+        ),
+        ({"chat": True, "base": True}, "--chat talks to one model; leave --base out, or compare by --prompt"),
+        ({"chat": True, "wording": "hint"}, "--wording hint is for a dataset's problems; with --chat use another"),
+        ({"chat": True, "data": "gsm8k"}, "--data is for evaluating; leave it out with --chat"),
+        ({"batch": Path("q"), "num_samples": 2, "temperature": 1.0}, "--num-samples is for evaluating; leave it out"),
+        ({"num_samples": 4, "strategy": "greedy"}, "--num-samples 4: greedy samples of an example are all alike"),
     ],
 )
 def test_bad_flags_are_named(flags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         EvalSettings(**flags)
+
+
+def test_how_a_model_is_used_is_told_by_one_flag():
+    uses = {"chat": True, "prompt": "2+2?", "batch": Path("q"), "examples": True}
+    assert [EvalSettings(**{name: value}).use for name, value in uses.items()] == list(uses)
+    assert EvalSettings().use is None
+
+
+def test_strategies_are_ways_of_sampling_by_name():
+    """From greedy to wild; a temperature of one's own is one of them too."""
+    temperatures = [sampling.temperature for sampling in STRATEGIES.values()]
+    assert list(STRATEGIES) == ["greedy", "conservative", "standard", "creative"]
+    assert temperatures == sorted(temperatures) and temperatures[0] == 0
+    assert STRATEGIES["standard"] == Sampling(1.0, 64, 0.95)
+    assert EvalSettings(strategy="creative").sampling == STRATEGIES["creative"]
+    assert EvalSettings(prompt="2+2?").strategies == {"greedy": Sampling(0.0)}
+    assert EvalSettings(prompt="2+2?", temperature=0.5).strategies == {"sampled": Sampling(0.5)}
+    assert EvalSettings(prompt="2+2?", compare_strategies=True).strategies == STRATEGIES
+
+
+def test_a_model_is_used_as_it_was_trained():
+    """But for how much it may read, and for wordings that only a dataset's problems have."""
+    run = {
+        "wording": "hint",
+        "format": "solution",
+        "max_completion_length": 88,
+        "max_prompt_length": 77,
+        "data": "gsm8k",
+    }
+    own = resolve_use(EvalSettings(chat=True), run | {"dtype": "bfloat16"}, "nano", CONFIGS["gemma-3-4b-it"])
+    assert (own.wording, own.format, own.max_completion_length) == ("instructed", "solution", 88)
+    assert (own.max_prompt_length, own.pan_and_scan, own.dtype, own.data) == (4096, False, "float32", None)
+    assert resolve_use(EvalSettings(chat=True), {"wording": "query"}, "nano", NANO).wording == "bare"
+    given = EvalSettings(chat=True, wording="role", format="answer", max_prompt_length=66)
+    nano = resolve_use(given, run, "nano", NANO)
+    assert (nano.wording, nano.format, nano.max_prompt_length) == ("role", "answer", 66)
+    alone = resolve_use(EvalSettings(examples=True), {}, "nano", NANO)
+    assert (alone.wording, alone.max_completion_length, alone.max_prompt_length) == ("bare", 56, 2048)

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from gemma3.hub import NANO_DIRECTORY, resolve
+from gemma3.hub import NANO_DIRECTORY, files_beside_weights, resolve
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
 
@@ -95,3 +95,11 @@ def test_what_is_neither_a_directory_nor_a_name_is_refused(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(ValueError, match="is not a directory; pass a model directory, a name such as"):
         resolve(name)
+
+
+def test_the_files_beside_weights_are_those_that_make_text_of_ids_and_pixels_of_pictures(tmp_path):
+    names = ["added_tokens.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"]
+    names += ["special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    for name in (*names, "config.json", "model.safetensors", "README.md", "generation_config.json"):
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in files_beside_weights(tmp_path)) == names

@@ -1,12 +1,21 @@
 """The flags of train.py: what is filled in where nothing was given, and what is refused before anything starts."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gemma3.mesh import make_mesh
-from grpo.settings import LEAST, NANO_LEARNING_RATES, Settings, check_batch, mesh_shape, resolve_defaults
+from grpo.settings import (
+    LEAST,
+    NANO_LEARNING_RATES,
+    Settings,
+    check_batch,
+    git_commit,
+    mesh_shape,
+    resolve_defaults,
+)
 
 
 def test_nothing_is_left_open():
@@ -14,14 +23,15 @@ def test_nothing_is_left_open():
     resolved = resolve_defaults(Settings())
     assert {name for name, value in vars(resolved).items() if value is None} == {
         *("resume", "resume_step", "adapter", "eval_data", "epsilon_high", "delta", "importance_sampling_clip_max"),
+        *("log", "plan", "coordinator", "num_processes", "process_id"),
     }
     assert resolved.out.parts[0] == "runs" and resolved.out.name.endswith("-nano-synthetic")
-    assert (resolved.prompt, resolved.learning_rate, resolved.dtype) == ("bare", NANO_LEARNING_RATES[0], "float32")
+    assert (resolved.wording, resolved.learning_rate, resolved.dtype) == ("bare", NANO_LEARNING_RATES[0], "float32")
 
 
 def test_defaults_depend_on_the_data_and_on_what_is_trained():
     adapter = resolve_defaults(Settings(data="gsm8k"))
-    assert (adapter.prompt, adapter.max_prompt_length, adapter.learning_rate) == ("instructed", 512, 1e-5)
+    assert (adapter.wording, adapter.max_prompt_length, adapter.learning_rate) == ("instructed", 512, 1e-5)
     assert resolve_defaults(Settings(data="gsm8k", lora_r=0)).learning_rate == 1e-6
 
 
@@ -76,3 +86,8 @@ def test_the_micro_batch_is_that_of_a_data_shard():
     assert check_batch(replace(settings, micro_batch=99), make_mesh(2, 1)) == 6
     with pytest.raises(ValueError, match="--prompts-per-step 12 cannot be split over the data axis"):
         check_batch(settings, make_mesh(5, 1))
+
+
+def test_without_git_the_commit_is_null(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert git_commit() is None

@@ -4,6 +4,7 @@ The reward of a completion is its place in its group unless its example says "du
 be drawn, two of them stop ids, so that some completions end and some are cut.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import assert_close, pixels
+from oracle import assert_close, assert_same_samples, pixels
 from tiny import write_tokenizer
 
 from data.example import Example
@@ -24,7 +25,7 @@ from gemma3.mesh import make_mesh, shardings
 from gemma3.model import Params, init_params
 from gemma3.tokenizer import Tokenizer
 from grpo.algorithm import group_advantages, leave_one_out_advantages
-from grpo.rollout import Prompt, Rollout, Row
+from grpo.rollout import Prompt, Row
 from grpo.settings import Settings, check_batch, loss_config, mesh_shape, resolve_defaults
 from grpo.step import (
     Scored,
@@ -158,7 +159,7 @@ def test_steps_share_one_compilation(tokenizer, mesh):
 def test_a_mesh_changes_neither_samples_nor_metrics(tokenizer):
     one, eight = on_policy(tokenizer, "1,1")[0], on_policy(tokenizer, "2,4")[0]
     for (metrics, samples), (mesh_metrics, mesh_samples) in zip(one, eight, strict=True):
-        assert samples == mesh_samples
+        assert_same_samples(copy.deepcopy(mesh_samples), copy.deepcopy(samples))
         assert metrics.keys() == mesh_metrics.keys()
         for name in metrics.keys() - {"step_time", "tokens_per_second"}:
             if not name.startswith("time/"):
@@ -177,6 +178,26 @@ def test_samples_describe_each_completion(tokenizer):
         assert completion["correct"] == (len(completion["text"]) > 3)
         assert 1 <= completion["rewards"]["tokens"] <= C
         assert completion["finished"] or completion["rewards"]["tokens"] == C
+
+
+def test_the_first_prompts_of_a_step_come_with_every_token(tokenizer):
+    """Used once, samples have ratio 1 and are nowhere clipped; used again, with a rate that is too high, some are."""
+    _, samples = on_policy(tokenizer, "1,1")[0][1]
+    assert ["pictures" in group for group in samples] == [True, True, False, False]
+    for completion in samples[1]["completions"]:
+        joined = "".join(piece for piece in completion["tokens"] if not piece.startswith("<"))
+        assert joined.strip() == completion["text"].strip()
+        assert len(completion["logps"]) == len(completion["tokens"]) == completion["rewards"]["tokens"]
+        assert (completion["logps"] < 0).all() and (completion["ratios"] == 1).all()
+        assert not completion["clipped"].any()
+    step = make_step(tokenizer, num_iterations=3, learning_rate=0.1)
+    ((metrics, samples),), _ = run(step, stream(tokenizer))
+    shown = [completion for group in samples[:2] for completion in group["completions"]]
+    ratios, clipped = (np.concatenate([c[name] for c in shown]) for name in ("ratios", "clipped"))
+    advantages = np.concatenate([np.full(len(c["tokens"]), c["advantage"]) for c in shown])
+    beyond = ((ratios < 0.8) & (advantages < 0)) | ((ratios > 1.2) & (advantages > 0))
+    np.testing.assert_array_equal(clipped, beyond)
+    assert clipped.any() and metrics["clip_ratio/region_mean"] > 0
 
 
 @pytest.mark.parametrize(
@@ -361,12 +382,12 @@ def test_the_vision_tower_is_trained_from_the_pictures(tokenizer):
 
 def test_metrics_of_groups_by_hand():
     """Rows of 2 ended, 3 cut, 1 ended and 0 tokens; the empty one fills its group and counts nowhere."""
-    mask = np.array([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 0, 0]]], bool)
+    lengths = np.array([[2, 3], [1, 0]])
     finished = np.array([[True, False], [True, False]])
-    rollout = Rollout(None, None, mask, None, finished)
     rewards = np.array([[1.0, 3.0], [2.0, np.nan]], np.float32)
     correct = np.array([[True, False], [True, False]])
-    scored = Scored([], rollout, [], rewards, {"part": np.array([[0, 1], [5, np.nan]])}, correct, 0.0)
+    parts = {"part": np.array([[0, 1], [5, np.nan]])}
+    scored = Scored([], None, [], rewards, parts, correct, lengths, finished, 0.0)
     assert group_metrics(scored) == pytest.approx(
         {
             "reward": 2.0,

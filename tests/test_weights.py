@@ -1,8 +1,11 @@
 """Checkpoints go both ways between transformers and here with the same logits; what does not fit is refused by name."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,7 +25,7 @@ from tiny_models import (
     tiny_text_config,
 )
 
-from gemma3.config import CONFIGS, NANO
+from gemma3.config import CONFIGS, NANO, layer_pattern
 from gemma3.mesh import make_mesh, shardings
 from gemma3.model import forward, param_shapes
 from gemma3.weights import NAMES, common_name, field_path, load_checkpoint, save_checkpoint
@@ -233,6 +236,15 @@ def test_bfloat16_files_are_read_exactly_and_written_again(multimodal, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, wide, jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "float64"])
+def test_without_a_dtype_weights_come_in_that_of_the_largest_tensor(stored, multimodal, tmp_path):
+    """Norms are often stored in float32 beside smaller weights."""
+    mixed = lambda name, x: x if "norm" in name else x.to(getattr(torch, stored))  # noqa: E731
+    rewrite(multimodal[0], tmp_path, change=lambda t: t.update({name: mixed(name, x) for name, x in t.items()}))
+    _, params = load_checkpoint(tmp_path, None)
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {stored.replace("64", "32")}
+
+
 @pytest.mark.parametrize("data, tensor", [(1, 1), (2, 4), (8, 1)])
 def test_on_a_mesh_the_values_are_the_same_and_split_as_the_mesh_says(data, tensor, multimodal):
     config, whole = load_checkpoint(multimodal[0])
@@ -298,3 +310,61 @@ def test_loading_takes_a_quarter_more_memory_than_the_parameters_at_most(tmp_pat
     result = subprocess.run(run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     ratio = float(result.stdout)
     assert 0.9 < ratio <= 1.25
+
+
+# One of two processes with four devices each, which together hold the mesh 2,4.
+MEASURE_HALF = """
+import re, sys, jax, jax.numpy as jnp
+from gemma3.mesh import make_mesh
+from gemma3.weights import load_checkpoint
+jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
+mesh = make_mesh(2, 4)
+jax.block_until_ready(jnp.ones(3) + 1)
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+_, params = load_checkpoint(sys.argv[1], dtype="bfloat16", mesh=mesh)
+jax.block_until_ready(params)
+print((peak() - before) / sum(x.nbytes for x in jax.tree.leaves(params)))
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_each_of_two_processes_takes_the_memory_of_its_half(tmp_path):
+    """The language model of 12b with every width a fifth, 0.3 GB: a host needs less than the checkpoint's size."""
+    config = replace(
+        CONFIGS["gemma-3-12b-it"],
+        model_type="gemma3_text",
+        vocab_size=52_448,
+        hidden_size=768,
+        intermediate_size=3072,
+        head_dim=64,
+        num_layers=12,
+        layer_types=layer_pattern(12, 6),
+        image_token_id=None,
+        vision=None,
+    )
+    params = jax.tree.map(lambda x: np.broadcast_to(ml_dtypes.bfloat16(1), x.shape), param_shapes(config))
+    save_checkpoint(tmp_path / "model", config, params, max_shard_bytes=10**8)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEASURE_HALF, str(tmp_path / "model"), address, str(rank)],
+            cwd=Path(__file__).parents[1],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ratios = [float(process.communicate(timeout=120)[0].split()[-1]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert all(0.45 < ratio < 0.65 for ratio in ratios), ratios

@@ -1,0 +1,117 @@
+"""The FLOPs counted by hand are those of the very program that runs; bytes are those of its arrays."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import roofline_update
+from gemma3.config import CONFIGS, NANO, VisionConfig, layer_pattern
+from gemma3.lora import LoraConfig
+from gemma3.mesh import make_mesh
+from gemma3.model import param_shapes
+from gemma3.sample import encode
+from grpo import costs
+from grpo.costs import CHIPS, Work, estimate
+from grpo.programs import Job, abstract_state, optimizer_of, update_program
+from grpo.settings import Settings, resolve_defaults
+
+# Sizes without a common factor. A window longer than any sequence hides nothing but what comes later.
+CONFIG = replace(NANO, num_layers=3, layer_types=layer_pattern(3, 3), sliding_window=64, vocab_size=446, vision=None)
+Q, G, P, C = 3, 5, 11, 7
+
+
+def product_flops(jaxpr) -> int:
+    """Two for each multiplication of all products of arrays in a traced program, as often as its loops turn."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            total += 2 * eqn.outvars[0].aval.size * int(np.prod([left[axis] for axis in contracted]))
+        inner = [p for value in eqn.params.values() for p in (value if isinstance(value, tuple) else (value,))]
+        bodies = [getattr(p, "jaxpr", p) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
+        total += eqn.params.get("length", 1) * sum(product_flops(body) for body in bodies)
+    return total
+
+
+def job(config=CONFIG, **flags) -> Job:
+    settings = Settings(
+        data="gsm8k",
+        prompts_per_step=Q,
+        num_generations=G,
+        max_prompt_length=P,
+        max_completion_length=C,
+        micro_batch=1,
+        **flags,
+    )
+    return Job(resolve_defaults(settings), config, make_mesh(1, 1), None)
+
+
+def all_pairs(monkeypatch) -> None:
+    """Count the scores that masks hide, which the program computes, too."""
+
+    def attention_flops(config, positions: range) -> int:
+        keys = P if positions.start == 0 else P + C - 1
+        return 4 * config.num_heads * config.head_dim * config.num_layers * len(positions) * keys
+
+    monkeypatch.setattr(costs, "attention_flops", attention_flops)
+
+
+@pytest.mark.parametrize("flags", [{"lora_r": 2}, {"lora_r": 3, "lora_targets": ("q", "v", "down")}, {"lora_r": 0}])
+def test_the_update_has_the_flops_of_the_traced_program(flags, monkeypatch):
+    """Exactly, once the scores that masks hide are counted too."""
+    planned = job(**flags)
+    optimizer = optimizer_of(planned.settings)
+    program = update_program(planned, abstract_state(planned, optimizer), optimizer)
+    traced = jax.make_jaxpr(lambda *a: program.function(*a, **program.static))(*program.arguments)
+
+    all_pairs(monkeypatch)
+    assert product_flops(traced.jaxpr) == costs.update_flops(planned.work)
+
+
+def test_the_compiler_counts_little_more_than_the_arithmetic(monkeypatch):
+    """For nano's update on the CPU: what is not a product, as in norms and softmax, adds less than a seventh."""
+    all_pairs(monkeypatch)
+    counted = roofline_update.count(job(NANO))
+    assert counted.least < counted.flops < 1.15 * counted.least
+
+
+def test_attention_counts_what_a_query_may_see():
+    """A window of 3 over positions 0 to 4 on two of three layers: 1 + 2 + 3 + 3 + 3 keys, and 1 + 2 + 3 + 4 + 5."""
+    config = replace(CONFIG, sliding_window=3)
+    per_pair = 4 * config.num_heads * config.head_dim
+    assert costs.attention_flops(config, range(5)) == per_pair * (2 * 12 + 15)
+    assert costs.attention_flops(config, range(3, 5)) == per_pair * (2 * 6 + 9)
+
+
+def test_a_picture_has_the_flops_of_the_traced_encoder():
+    config = replace(NANO, vision=VisionConfig(24, 36, 2, 3, image_size=20, patch_size=5, tokens_per_image=4))
+    pixels = jax.ShapeDtypeStruct((1, 1, 20, 20, 3), jnp.uint8)
+    call = {"config": config, "mesh": make_mesh(1, 1)}
+    traced = jax.make_jaxpr(lambda params, pixels: encode(params, pixels, **call))(param_shapes(config), pixels)
+    assert product_flops(traced.jaxpr) == costs.encoder_flops(config.vision, config.hidden_size)
+
+
+def test_decoding_reads_each_weight_of_the_language_model_once():
+    config = CONFIGS["gemma-3-4b-it"]
+    sizes = [x.size for x in jax.tree.leaves(param_shapes(config).text)]
+    assert costs.joined_bytes(config, 1, jnp.bfloat16) == 2 * sum(sizes)
+    # All but the norms is split in four.
+    assert costs.joined_bytes(config, 4, jnp.bfloat16) == pytest.approx(sum(sizes) / 2, rel=1e-3)
+
+
+def test_an_estimate_is_bound_by_memory_in_sampling_and_by_arithmetic_in_the_update():
+    """4b on eight v5e: 512 tokens of 1.95 GB of weights and 0.64 GB of keys and values, read at 819 GB/s; 905 TFLOP
+    over eight chips of 197 TFLOP/s."""
+    work = Work(CONFIGS["gemma-3-4b-it"], 8, 8, 512, 512, 1, LoraConfig(64))
+    call = {"micro_batch": 1, "gather_once": True, "num_iterations": 1, "scored": 0}
+    seconds = estimate(work, CHIPS["v5e"], (2, 4), jnp.bfloat16, **call)
+    assert seconds.sampling == pytest.approx(512 * (1.95e9 + 0.64e9) / 819e9, rel=0.05)
+    assert seconds.update == pytest.approx(905e12 / 8 / 197e12, rel=0.01)
+    apart = estimate(work, CHIPS["v5e"], (2, 4), jnp.bfloat16, **call | {"gather_once": False})
+    assert apart.sampling - seconds.sampling == pytest.approx(511 * 1.95e9 / 2 / 200e9, rel=0.01)
+    twice = estimate(work, CHIPS["v5e"], (2, 4), jnp.bfloat16, **call | {"num_iterations": 2, "scored": 1})
+    assert 2 * seconds.update < twice.update < 2.5 * seconds.update
