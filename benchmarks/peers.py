@@ -1,0 +1,273 @@
+"""Side by side on one machine: this project, transformers' generate, TRL with PEFT, and Tunix, on the same work.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.peers --python tunix=path/to/its/python              # everything
+    python -m benchmarks.peers update-text step-image --repeats 5             # some parts
+    python -m benchmarks.peers --quick                                        # toy sizes: does it run?
+
+One worker process after another, never two at once, with the same random weights, prompts, lengths, precision (float32
+on a CPU, bfloat16 on a GPU) and number of threads; nothing stops a completion early. Each table says whether the work
+was the same: the share of greedily drawn tokens, or the loss and gradient norm of the first update, against ours.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peer_job import Job, write_job
+
+ROOT = Path(__file__).parents[1]
+PIP = "pip install -r benchmarks/requirements.txt"
+
+
+class System(NamedTuple):
+    """Whom to measure, by which worker, and what it needs."""
+
+    worker: str
+    packages: tuple[str, ...]
+    pip: str = PIP
+    changes: dict[str, Any] = {}  # noqa: RUF012  fields of the job
+
+
+SYSTEMS = {
+    "ours": System("peer_ours", ("jax",)),
+    "ours, 2G": System("peer_ours", ("jax",)),
+    "transformers": System("peer_torch", ("torch", "transformers", "trl", "peft")),
+    "trl": System("peer_torch", ("torch", "transformers", "trl", "peft")),
+    "trl, checkpointing": System("peer_torch", ("torch", "transformers", "trl", "peft"), PIP, {"checkpointing": True}),
+    "tunix": System("peer_tunix", ("google-tunix", "jax", "flax"), "pip install google-tunix, in its own environment"),
+}
+
+
+class Part(NamedTuple):
+    """One table: a kind of work, its shape, who does it, and how many times ours we want their time and memory."""
+
+    kind: str  # "sampling", "update" or "step"
+    pictures: bool
+    systems: tuple[str, ...]
+    prompts: int  # Q
+    prompt_length: int  # P
+    length: int  # C
+    time: dict[str, str] = {}  # noqa: RUF012
+    memory: dict[str, str] = {}  # noqa: RUF012
+
+
+TRAINERS = ("ours", "trl", "trl, checkpointing", "tunix")
+PARTS = {
+    "sampling-text": Part("sampling", False, ("ours", "transformers", "tunix"), 2, 256, 64, {"tunix": "≥ 3"}),
+    "sampling-image": Part("sampling", True, ("ours", "transformers"), 1, 300, 128, {"transformers": "≥ 3"}),
+    "update-text": Part("update", False, TRAINERS, 2, 256, 64, {"tunix": "≥ 4"}, {"trl": "≥ 3"}),
+    "update-image": Part("update", True, TRAINERS[:3], 1, 300, 128, {"trl": "≥ 3"}),
+    "step-text": Part("step", False, ("ours", "trl", "tunix"), 2, 256, 64),
+    "step-image": Part("step", True, ("ours", "trl"), 1, 300, 128, {"trl": "≥ 3"}),
+    "group-cost": Part("update", False, ("ours", "ours, 2G"), 2, 1024, 64, {"ours, 2G": "≤ 1.5"}),
+}
+
+
+def make_job(name: str, system: str, directory: Path, args: argparse.Namespace) -> Job:
+    part = PARTS[name]
+    group = args.group * (2 if system == "ours, 2G" else 1)
+    prompt_length, length = (n // 8 if args.quick else n for n in (part.prompt_length, part.length))
+    model = directory / ("image" if part.pictures else "text")
+    return Job(
+        part=part.kind,
+        model=str(model),
+        adapter=f"{model}-adapter",
+        batch=str(directory / f"{name}-{group}.npz"),
+        result=str(directory / f"{name}-{system}.json"),
+        vocab_size=512 if args.quick else args.vocab_size,
+        pictures=part.pictures,
+        quick=args.quick,
+        prompts=args.prompts or part.prompts,
+        group=group,
+        prompt_length=prompt_length,
+        length=length,
+        repeats=args.repeats,
+        device=args.device,
+        **SYSTEMS[system].changes,
+    )
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """What all workers run under: as many threads each, by two ways of saying so, and no look at the network."""
+    threads = str(args.threads)
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu" if args.device == "cpu" else "cuda",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def run_worker(python: str, arguments: list[str], args: argparse.Namespace) -> str | None:
+    """Run one worker to its end. What went wrong, or None."""
+    cores = sorted(os.sched_getaffinity(0))[: args.threads]  # XLA starts as many threads as it may use cores
+    done = subprocess.run(
+        [python, "-m", *arguments],
+        cwd=ROOT,
+        env=environment(args),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if done.returncode == 0:
+        return None
+    if done.returncode == -9:
+        return "killed: not enough memory?"
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def versions(python: str, packages: tuple[str, ...]) -> dict[str, str] | None:
+    """The installed packages' versions, as that interpreter sees them; None where one is missing."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {packages!r}}}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def measure(name: str, system: str, directory: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Times and results of one system's part, or {"error": why there are none}."""
+    python = args.python.get(SYSTEMS[system].worker.removeprefix("peer_"), sys.executable)
+    found = versions(python, SYSTEMS[system].packages)
+    if found is None:
+        return {"error": f"not installed: {SYSTEMS[system].pip}"}
+    job = make_job(name, system, directory, args)
+    path = directory / "job.json"
+    write_job(path, job)
+    if not Path(job.batch).exists():
+        own = args.python.get("ours", sys.executable)
+        if error := run_worker(own, ["benchmarks.peer_ours", str(path), "prepare"], args):
+            return {"error": f"no batch: {error}"}
+        write_job(path, job)
+    error = run_worker(python, [f"benchmarks.{SYSTEMS[system].worker}", str(path)], args)
+    return {"error": error} if error else json.loads(Path(job.result).read_text()) | {"versions": found}
+
+
+def same_work(kind: str, result: dict[str, Any], ours: dict[str, Any]) -> str:
+    """In a few words, whether a system did what ours did."""
+    if kind == "sampling":
+        rows = zip(result["tokens"], ours["tokens"], strict=True)
+        pairs = [pair for one, other in rows for pair in zip(one, other, strict=True)]
+        return f"{sum(a == b for a, b in pairs) / len(pairs):.1%} of tokens"
+    if kind == "step":
+        return f"{result['drawn']} tokens" + ("" if result.get("same_prompts", True) else ", OTHER PROMPTS")
+    text = f"loss {result['loss']:+.5f}"
+    if result is ours:
+        return f"{text}, norm {result['grad_norm']:.5f}"
+    text += f" ({result['loss'] - ours['loss']:+.0e})"
+    if "grad_norm" in result:
+        text += f", norm {result['grad_norm'] / ours['grad_norm'] - 1:+.0e}"
+    return text
+
+
+def figures(part: Part, tokens: int, system: str, result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """One system's row, after its name; against ours where that was measured."""
+    seconds, peak = result["seconds"], result["peak_bytes"]
+    middle = statistics.median(seconds)
+    slower = larger = same = "?"
+    if "error" not in ours:
+        slower = f"{middle / statistics.median(ours['seconds']):.2f}"
+        larger = f"{peak / ours['peak_bytes']:.2f}"
+        same = "" if system == "ours, 2G" else same_work(part.kind, result, ours)
+    return [
+        f"{result['from_start']:.1f}",
+        f"{result['first']:.2f}",
+        f"{middle:.2f}",
+        f"{min(seconds):.2f} - {max(seconds):.2f}",
+        "" if part.kind == "update" else f"{tokens / middle:.0f}",
+        slower,
+        part.time.get(system, ""),
+        f"{peak / 1e9:.2f}",
+        larger,
+        part.memory.get(system, ""),
+        same,
+    ]
+
+
+def show(name: str, results: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
+    """One part's table, of whatever systems have been measured."""
+    part = PARTS[name]
+    job = make_job(name, "ours", Path(), args)
+    shape = f"Q={job.prompts} G={job.group} P={job.prompt_length}{' with a picture' * job.pictures} C={job.length}"
+    table = Table(title=f"{name}: {shape}, {args.device}, {job.dtype}, {args.threads} threads", title_justify="left")
+    columns = ["system", "start to first, s", "first call, s", "later, s", "min - max", "tokens/s", "x ours", "wanted"]
+    for column in [*columns, "peak, GB", "x ours", "wanted", "the same work?"]:
+        table.add_column(column, justify="left" if column in ("system", "the same work?") else "right")
+    tokens, ours = job.prompts * job.group * job.length, results.get("ours", {"error": "not measured"})
+    for system, result in results.items():
+        if "error" in result:
+            table.add_row(system, *[""] * 10, result["error"])
+        else:
+            table.add_row(system, *figures(part, tokens, system, result, ours))
+    console.print(table)
+
+
+def interpreter(text: str) -> tuple[str, str]:
+    """NAME=PATH of --python."""
+    name, _, path = text.partition("=")
+    if name not in ("ours", "torch", "tunix") or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ours=PATH, torch=PATH or tunix=PATH")
+    return name, os.path.abspath(path)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; all of them if none")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, in two minutes: no numbers worth reading")
+    parser.add_argument("--repeats", type=int, default=3, help="calls after the first, of which the median is taken")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--prompts", type=int, help="Q; each part's own if not given")
+    parser.add_argument("--group", type=int, default=8, help="G")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="262144 is the published 270m's")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    python = "the interpreter of a system with an environment of its own; may be given again"
+    parser.add_argument("--python", type=interpreter, action="append", default=[], metavar="NAME=PATH", help=python)
+    parser.add_argument("--out", type=Path, default=Path("peers.json"), help="every number, written as it comes")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    args.parts, args.python = args.parts or list(PARTS), dict(args.python)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    results: dict[str, dict[str, Any]] = {}
+    settings = {name: value for name, value in vars(args).items() if name not in ("python", "out")}
+    record = {
+        "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "settings": settings,
+        "results": results,
+    }
+    console = Console(width=200)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            for name in args.parts:
+                results[name] = {}
+                for system in PARTS[name].systems:
+                    print(f"{name}: {system} ...", file=sys.stderr, flush=True)
+                    results[name][system] = measure(name, system, Path(directory), args)
+                    args.out.write_text(json.dumps(record, indent=1))
+                show(name, results[name], args, console)
+    except KeyboardInterrupt:
+        show(name, results[name], args, console)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
