@@ -193,6 +193,8 @@ def gather_over_data(params, *, layer: bool = False):
 
     `layer` says that `params` is one layer of a stack, without the leading axis L that `PARTITION` counts.
     """
+    if lax.axis_size(DATA) == 1:
+        return params  # XLA would copy each weight on a CPU
 
     def gather(path, x):
         spec = tuple(PARTITION.get(_field_name(path), P()))[int(layer) :]

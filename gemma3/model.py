@@ -254,8 +254,8 @@ def completion_stats(
         chunk_hidden, chunk_ids = chunk
         return token_stats(logits_of(chunk_hidden, embedding, config=config) / temperature, chunk_ids, embedding)
 
-    at_once = min(q * g * c, max(1, _MAX_CHUNK_LOGITS // embedding.shape[0]))
-    chunks = -(-q * g * c // at_once)
+    chunks = -(-q * g * c // max(1, _MAX_CHUNK_LOGITS // embedding.shape[0]))
+    at_once = -(-q * g * c // chunks)  # as equal as can be: what pads the last chunk is computed too
     padding = chunks * at_once - q * g * c
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, at_once, -1)
     targets = jnp.pad(completion_ids.reshape(-1), (0, padding)).reshape(chunks, at_once)

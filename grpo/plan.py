@@ -17,7 +17,18 @@ from gemma3.config import Config
 from gemma3.mesh import DATA, TENSOR, check_mesh, make_mesh, topology_mesh
 from gemma3.sample import device_memory
 from grpo.costs import CHIPS, Chip, caches_bytes, estimate, joined_bytes, update_flops
-from grpo.programs import Job, Memory, State, abstract_state, gathers_once, measure, optimizer_of, programs, state_bytes
+from grpo.programs import (
+    Job,
+    Memory,
+    State,
+    abstract_state,
+    gathers_once,
+    held,
+    measure,
+    optimizer_of,
+    programs,
+    state_bytes,
+)
 from grpo.settings import Settings, check_batch, loss_config, mesh_shape, model_config, resolve_defaults
 
 LOCAL = ("cpu", "gpu")  # the devices that are here
@@ -160,10 +171,13 @@ def memory_table(plan: Plan, state: State) -> Table:
     row("frozen weights", lambda *_: state_bytes(state.frozen))
     row(f"{trained} and optimizer state", lambda *_: state_bytes((state.trainable, state.opt_state)))
     if state.copy is not None:
-        row(f"{trained} in {s.dtype}", lambda *_: state_bytes(state.copy))
+        row(f"{trained} in {s.dtype}", lambda name, _: state_bytes(held(state, name).copy))
     row("keys and values", lambda name, _: caches.get(name, 0))
     row("other temporaries", lambda name, memory: memory.temporaries - caches.get(name, 0))
-    row("prompts and completions", lambda _, memory: memory.peak - memory.temporaries - state_bytes(state))
+    row(
+        "prompts and completions",
+        lambda name, memory: memory.peak - memory.temporaries - state_bytes(held(state, name)),
+    )
     row("in all", lambda _, memory: memory.peak)
     table.add_row("compiled in", *(f"{memory.seconds:.0f} s" for memory in plan.memory.values()))
     return table

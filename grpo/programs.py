@@ -29,7 +29,7 @@ from grpo.update import Trainable, make_optimizer, make_schedule, policy, update
 
 
 class State(NamedTuple):
-    """What lies on the devices all through a run, as shapes with their shardings."""
+    """What lies on the devices between the programs of a step, as shapes with their shardings."""
 
     trainable: Trainable
     opt_state: optax.OptState
@@ -41,6 +41,11 @@ class State(NamedTuple):
         if self.copy is None:
             return self.frozen, self.trainable
         return Params(self.copy.text, self.copy.vision or self.frozen.vision), None
+
+
+def held(state: State, program: str) -> State:
+    """What of the state there is while a program of this name runs: the update copies the weights that it trains."""
+    return state._replace(copy=None) if program == "update" else state
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,7 @@ def _needed(error: str) -> int:
 
 def measure(program: Program, state: State) -> Memory:
     """Compile a program and read off its memory."""
-    beside = state_bytes(state) - state_bytes(program.uses)
+    beside = state_bytes(held(state, program.name)) - state_bytes(program.uses)
     start = time.perf_counter()
     lowered = program.function.lower(*program.arguments, **program.static)
     try:

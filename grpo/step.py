@@ -346,6 +346,7 @@ def grpo_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
         ref_logps=log_probs(step, step.frozen, None, rollout) if s.beta else None,
         sampler_logps=rollout.sampler_logps,
     )
+    del params, lora  # of whole weights in training a second copy, which the update makes for itself
     updates = []
     for _ in range(s.num_iterations):
         trainable, opt_state, metrics, logps = update(
@@ -377,7 +378,7 @@ def sft_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row]):
     """One step of supervised training: raise the log-probs of the dataset's own solutions."""
     s, started = step.settings, time.perf_counter()
     batch_rows = list(itertools.islice(rows, s.prompts_per_step))
-    params, lora = policy(trainable, step.frozen, step.dtype)
+    prompts = step.place(batch_rows, *policy(trainable, step.frozen, step.dtype))
     texts = [[step.solution(row.example)] for row in batch_rows]
     ids, mask = given_completions(step, batch_rows, texts)
     put = lambda array: split_over_data(array, step.mesh)  # noqa: E731
@@ -387,7 +388,7 @@ def sft_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row]):
         trainable,
         opt_state,
         step.frozen,
-        step.place(batch_rows, params, lora),
+        prompts,
         put(ids),
         batch,
         optimizer=step.optimizer,
