@@ -5,7 +5,9 @@ whatever decides what comes next is exchanged first. With one process nothing he
 """
 
 import os
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,15 +27,33 @@ from grpo.settings import Settings
 
 # A process that is gone without its connections being closed, its machine having failed, is missed after so long.
 _HEARTBEAT_SECONDS = 60
+_JOIN_SECONDS = 300
 # What is gathered at once on its way to process 0, so that no device has to hold more than this of a split array.
 _PIECE_BYTES = 2**28
+
+
+def _await_first(coordinator: str) -> None:
+    """Return when process 0 listens; RuntimeError if it does not. jax would abort where this says what is wrong."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + _JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"--coordinator {coordinator}: process 0 does not answer there ({error}); check the address, and "
+                    f"start all processes within {_JOIN_SECONDS / 60:.0f} minutes"
+                ) from error
+        time.sleep(0.5)
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Join the other processes: at the given address, or as the cluster says that this process finds itself in.
 
     To be called before jax touches any device. Processes but the first print nothing more on stdout. ValueError where
-    only some of the three are given, RuntimeError where the others do not come.
+    only some of the three are given, RuntimeError where no one answers at the address.
     """
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -45,14 +65,16 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         raise ValueError(f"--process-id {process_id}: it must be from 0 to {num_processes - 1}, --num-processes less 1")
     if not missing and not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(f"--coordinator {coordinator}: give the address of process 0 as HOST:PORT")
+    if not missing:
+        print(f"process {process_id} of {num_processes} waits for the others at {coordinator}", flush=True)
+        if process_id:
+            _await_first(coordinator)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except ValueError as error:
         if missing and "coordinator_address should be defined" in str(error):
             return  # jax finds no cluster: this process is the only one
         raise
-    except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(f"process {process_id} did not reach the others at {coordinator}: {error}") from error
     if not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

@@ -99,7 +99,8 @@ def finished(ended: list[SimpleNamespace]) -> list[SimpleNamespace]:
 def two(folder) -> Path:
     """A run of two processes with four devices each."""
     first, second = finished(wait(start(folder, 2, 4, *flags(folder, folder / "two", "2,4"))))
-    assert "the result is" in first.out and not second.out
+    assert "the result is" in first.out and "process 1 of 2 waits for the others" in second.out
+    assert "held-out accuracy" not in second.out
     return folder / "two"
 
 
@@ -169,6 +170,14 @@ def test_a_mesh_that_leaves_devices_of_some_process_idle_is_refused(folder):
 def test_addresses_that_cannot_be_are_refused(given, sentence):
     with pytest.raises(ValueError, match=sentence):
         connect(*given)
+
+
+def test_where_no_one_is_at_the_address_the_user_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "_JOIN_SECONDS", 0)
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(RuntimeError, match=f"--coordinator {address}: process 0 does not answer there"):
+        connect(address, 2, 1)
+    assert capsys.readouterr().out == f"process 1 of 2 waits for the others at {address}\n"
 
 
 def test_settings_must_agree_but_for_the_directory(monkeypatch):
