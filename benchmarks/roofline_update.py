@@ -26,7 +26,7 @@ from rich.table import Table
 
 from gemma3.lora import Lora
 from gemma3.mesh import DATA, TENSOR, partition_specs, simulate_devices, sum_over_data
-from gemma3.model import _MAX_CHUNK_LOGITS, logits_of, token_stats
+from gemma3.model import logit_chunks, logits_of, token_stats
 from gemma3.transformer import Block, extend, prefill
 from grpo.costs import update_flops
 from grpo.plan import choose_backend, make_job
@@ -111,11 +111,10 @@ def count(job: Job) -> Count:
     w, micro_batch = job.work, check_batch(job.settings, job.mesh)
     data, tensor = job.mesh.shape[DATA], job.mesh.shape[TENSOR]
     micro_batches = w.prompts // data // micro_batch
-    tokens = micro_batch * w.group * w.length
-    chunk = min(tokens, _MAX_CHUNK_LOGITS * tensor // job.config.vocab_size)  # as in `completion_stats`
+    chunks, at_once = logit_chunks(micro_batch * w.group * w.length, job.config.vocab_size // tensor)
     return Count(
         layers=layer_cost(job, micro_batch * data).times(job.config.num_layers * micro_batches),
-        logits=logits_cost(job, chunk).times(-(-tokens // chunk) * micro_batches),
+        logits=logits_cost(job, at_once).times(chunks * micro_batches),
         least=update_flops(w) / data / tensor,
     )
 

@@ -223,6 +223,15 @@ def token_stats(logits: jax.Array, ids: jax.Array, embedding: jax.Array) -> Toke
     return TokenStats(logps, jnp.log(jax.lax.stop_gradient(total)) - mean)
 
 
+def logit_chunks(tokens: int, rows: int) -> tuple[int, int]:
+    """How many chunks of how many tokens each, with logits of `rows` words for each token.
+
+    The chunks are as equal as can be, since what pads the last one is computed too.
+    """
+    chunks = -(-tokens // max(1, _MAX_CHUNK_LOGITS // rows))
+    return chunks, -(-tokens // chunks)
+
+
 def completion_stats(
     ids: jax.Array,
     soft: jax.Array | None,
@@ -254,8 +263,7 @@ def completion_stats(
         chunk_hidden, chunk_ids = chunk
         return token_stats(logits_of(chunk_hidden, embedding, config=config) / temperature, chunk_ids, embedding)
 
-    chunks = -(-q * g * c // max(1, _MAX_CHUNK_LOGITS // embedding.shape[0]))
-    at_once = -(-q * g * c // chunks)  # as equal as can be: what pads the last chunk is computed too
+    chunks, at_once = logit_chunks(q * g * c, embedding.shape[0])
     padding = chunks * at_once - q * g * c
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, at_once, -1)
     targets = jnp.pad(completion_ids.reshape(-1), (0, padding)).reshape(chunks, at_once)
