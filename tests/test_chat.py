@@ -403,6 +403,7 @@ def test_a_person_can_talk_to_the_model_in_a_terminal(tmp_path):
         assert "a new conversation" in terminal.until("\n> $")
         terminal.type("/dance\r")
         assert "/dance is no command; /help lists them" in terminal.until("\n> $")
+        time.sleep(1)  # as a person would: in the instant after the prompt readline does not wait for keys yet
         terminal.type("\x03")
         assert "/quit or Ctrl-D leaves" in terminal.until("\n> $")
         terminal.type("/quit\r")

@@ -140,8 +140,11 @@ def test_where_one_process_is_killed_the_other_says_so_and_any_mesh_goes_on(fold
     finished(wait(start(folder, 1, 1, "--resume", folder / "on one", "--mesh", "1,1", "--steps", STEPS - 1)))
     finished(wait(start(folder, 1, 8, "--resume", folder / "on one", "--mesh", "2,4", "--steps", STEPS)))
     assert [line["step"] for line in metrics(folder / "on one")] == [1, 2, 3, 4]
+    found, expected = (lines(run / "samples.jsonl") for run in (folder / "on one", two))
+    first = len(expected) * 3 // STEPS
+    assert_same_samples(found[:first], expected[:first])
     # Adam makes of a gradient's rounding, where the gradient is small, a difference of up to the learning rate.
-    assert_same_samples(lines(folder / "on one" / "samples.jsonl"), lines(two / "samples.jsonl"), atol=5e-3)
+    assert_same_samples(found[first:], expected[first:], atol=0.03)
 
 
 @pytest.mark.slow
