@@ -30,7 +30,8 @@ STEPS, SAVE_EVERY = 4, 2
 FLAGS = {
     **{"--steps": STEPS, "--save-every": SAVE_EVERY, "--warmup-steps": 1, "--temperature": 1.5},
     **{"--prompts-per-step": 4, "--num-generations": 2, "--max-completion-length": 16, "--micro-batch": 1},
-    **{"--learning-rate": 0.0002, "--eval-limit": 3, "--eval-batch": 3},
+    # Constant, since a run that is continued with other --steps decays at another pace.
+    **{"--learning-rate": 0.0002, "--lr-scheduler": "constant", "--eval-limit": 3, "--eval-batch": 3},
 }
 
 
@@ -140,11 +141,7 @@ def test_where_one_process_is_killed_the_other_says_so_and_any_mesh_goes_on(fold
     finished(wait(start(folder, 1, 1, "--resume", folder / "on one", "--mesh", "1,1", "--steps", STEPS - 1)))
     finished(wait(start(folder, 1, 8, "--resume", folder / "on one", "--mesh", "2,4", "--steps", STEPS)))
     assert [line["step"] for line in metrics(folder / "on one")] == [1, 2, 3, 4]
-    found, expected = (lines(run / "samples.jsonl") for run in (folder / "on one", two))
-    first = len(expected) * 3 // STEPS
-    assert_same_samples(found[:first], expected[:first])
-    # Adam makes of a gradient's rounding, where the gradient is small, a difference of up to the learning rate.
-    assert_same_samples(found[first:], expected[first:], atol=0.03)
+    assert_close_runs(folder / "on one", two)
 
 
 @pytest.mark.slow
