@@ -83,20 +83,20 @@ def _inputs(config: Config, setting: Setting, mesh) -> tuple[tuple, tuple]:
     weight_specs = (specs.embedding, specs.final_norm, [layer_spec] * config.num_layers)
 
     def caches(*rows: int, length: int) -> list[KeyValues]:
-        shapes = [(*rows, slots, heads, config.head_dim) for slots in cache_slots(config, length)]
+        shapes = [(*rows, slots, config.head_dim) for slots in cache_slots(config, length)]
         return [KeyValues(*(array(shape, jnp.bfloat16) for _ in "kv")) for shape in shapes]
 
     def cache_specs(*axes) -> list[KeyValues]:
-        return [KeyValues(P(*axes, TENSOR), P(*axes, TENSOR))] * config.num_layers
+        return [KeyValues(P(*axes), P(*axes))] * config.num_layers
 
     whole, per_row = array((q, g), jnp.int32), array((q, g, c), jnp.int32)
     fixed = (
-        [PromptCache(kv, array((q,), jnp.int32)) for kv in caches(q, length=setting.prompt_length)],
+        [PromptCache(kv, array((q,), jnp.int32)) for kv in caches(q, heads, length=setting.prompt_length)],
         array((q,), jnp.int32),
         array((q, g), jax.random.key(0).dtype),
         array((config.vocab_size,), jnp.bool_),
     )
-    fixed_specs = ([PromptCache(kv, ROWS) for kv in cache_specs(DATA, None)], ROWS, ROWS, P(TENSOR))
+    fixed_specs = ([PromptCache(kv, ROWS) for kv in cache_specs(DATA, TENSOR)], ROWS, ROWS, P(TENSOR))
     loop = Loop(
         place=array((), jnp.int32),
         token=whole,
@@ -104,9 +104,9 @@ def _inputs(config: Config, setting: Setting, mesh) -> tuple[tuple, tuple]:
         ids=per_row,
         mask=array((q, g, c), jnp.bool_),
         logps=array((q, g, c), jnp.float32),
-        caches=caches(q, g, length=c),
+        caches=caches(q * heads * g, length=c),
     )
-    loop_specs = Loop(P(), ROWS, ROWS, ROWS, ROWS, ROWS, cache_specs(DATA, None, None))
+    loop_specs = Loop(P(), ROWS, ROWS, ROWS, ROWS, ROWS, cache_specs((DATA, TENSOR)))
     return (weights, fixed, loop), (weight_specs, fixed_specs, loop_specs)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values: [Q, S, K, H] shared by a prompt's completions, or [Q, G, S, K, H] each row's own."""
+    """Keys (rotated) and values: [Q, K, S, H] shared by a prompt's completions, or [Q, K, G, S, H] each row's own."""
 
     k: jax.Array
     v: jax.Array
@@ -65,6 +65,11 @@ def own_mask(queries: jax.Array, keys: jax.Array, window: jax.Array) -> jax.Arra
     return ((distance >= 0) & (distance < window) & (keys >= 0)[None, :])[None, None]
 
 
+def by_head(x: jax.Array) -> jax.Array:
+    """Projected keys or values [Q, G, T, K, H] in the order of `KeyValues`, [Q, K, G, T, H]."""
+    return jnp.einsum("QGTKH->QKGTH", x)
+
+
 def attend(
     q: jax.Array, sets: Sequence[tuple[KeyValues, jax.Array]], *, scale: float, softcap: float | None
 ) -> jax.Array:
@@ -73,28 +78,31 @@ def attend(
     Exactly what attention over the concatenated keys would give, without repeating a prompt's keys for each of its G
     completions. Query head n uses key/value head n // R. Scores and the softmax are float32.
 
-    q: [Q, G, T, N, H]; each set: its KeyValues and a mask that broadcasts to bool[Q, G, T, S]. Returns [Q, G, T, N, H].
-    A query that may see no key at all (padding) gets finite values without meaning.
+    q: [Q, G, T, N, H]; each set: its KeyValues, the first a prompt's, and a mask that broadcasts to bool[Q, G, T, S].
+    Returns [Q, G, T, N, H]. A query that may see no key at all (padding) gets finite values without meaning.
     """
     *rows, heads, head_dim = q.shape
-    kv_heads = sets[0][0].k.shape[-2]
-    q = q.reshape(*rows, kv_heads, heads // kv_heads, head_dim)
+    kv_heads = sets[0][0].k.shape[1]
+    q = jnp.einsum("QGTKRH->QKGRTH", q.reshape(*rows, kv_heads, heads // kv_heads, head_dim))
 
-    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:  # float32[Q, K, R, G, T, S]
-        equation = "QGTKRH,QSKH->QKRGTS" if keys.ndim == 4 else "QGTKRH,QGSKH->QKRGTS"
-        s = scale * jnp.einsum(equation, q, keys, preferred_element_type=jnp.float32)
+    # All queries that share their keys stand in one axis M: G·R·T of them on a prompt's, R·T on a row's own. These are
+    # then plain batched matrix products, for which no compiler has to copy the keys and values into another order.
+    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:  # float32[Q, K, G, R, T, S]
+        queries = q.reshape(*keys.shape[:-2], -1, head_dim)
+        s = scale * jnp.einsum("...MH,...SH->...MS", queries, keys, preferred_element_type=jnp.float32)
+        s = s.reshape(*q.shape[:-1], -1)
         if softcap is not None:
             s = softcap * jnp.tanh(s / softcap)
-        return jnp.where(mask[:, None, None], s, jnp.finfo(jnp.float32).min)
+        return jnp.where(mask[:, None, :, None], s, jnp.finfo(jnp.float32).min)
 
-    def weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
-        equation = "QKRGTS,QSKH->QGTKRH" if values.ndim == 4 else "QKRGTS,QGSKH->QGTKRH"
-        return jnp.einsum(equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    def weighted(weights: jax.Array, values: jax.Array) -> jax.Array:  # float32[Q, K, G, R, T, H]
+        weights = weights.astype(values.dtype).reshape(*values.shape[:-2], -1, values.shape[-2])
+        out = jnp.einsum("...MS,...SH->...MH", weights, values, preferred_element_type=jnp.float32)
+        return out.reshape(q.shape)
 
     all_scores = [scores(kv.k, mask) for kv, mask in sets]
     highest = jnp.stack([s.max(axis=-1, keepdims=True) for s in all_scores]).max(axis=0)
     weights = [jnp.exp(s - jax.lax.stop_gradient(highest)) for s in all_scores]
-    total = sum(w.sum(axis=-1) for w in weights)  # [Q, K, R, G, T]
-    out = sum(weighted(w, kv.v) for w, (kv, _) in zip(weights, sets, strict=True))
-    out = out / jnp.einsum("QKRGT->QGTKR", total)[..., None]
-    return out.reshape(*rows, heads, head_dim).astype(q.dtype)
+    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
+    out = sum(weighted(w, kv.v) for w, (kv, _) in zip(weights, sets, strict=True)) / total
+    return jnp.einsum("QKGRTH->QGTKRH", out).reshape(*rows, heads, head_dim).astype(q.dtype)

@@ -33,21 +33,19 @@ def rope(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -> 
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def project(equation: str, x: jax.Array, weight: jax.Array, adapter, scale: float) -> jax.Array:
+def project(x: jax.Array, weight: jax.Array, adapter, scale: float, *, inputs: int = 1) -> jax.Array:
     """x · W, plus scale * (x · A) · B where an adapter (A, B) is given (LoRA, arXiv 2106.09685, section 4.1).
 
-    `equation` is that of the plain product, such as "...D,DNH->...NH"; A replaces W's outputs by the rank r, written
-    "r", and B its inputs. The adapter is kept in float32 and used in x's dtype.
+    The last `inputs` axes of x meet the first ones of W, in their order: flattened, both lie in memory as they are, and
+    nothing is transposed. The adapter is kept in float32 and used in x's dtype.
+
+    x: [..., *inputs]; weight: [*inputs, *outputs]; adapter.a: [*inputs, r]; adapter.b: [r, *outputs].
     """
-    y = jnp.einsum(equation, x, weight)
+    y = jnp.tensordot(x, weight, inputs)
     if adapter is None:
         return y
-    inputs, outputs = equation.split("->")
-    x_axes, weight_axes = inputs.split(",")
-    contracted = "".join(axis for axis in weight_axes if axis not in outputs)
-    produced = "".join(axis for axis in weight_axes if axis in outputs)
-    low_rank = jnp.einsum(f"{x_axes},{contracted}r->...r", x, adapter.a.astype(x.dtype))
-    return y + scale * jnp.einsum(f"...r,r{produced}->{outputs}", low_rank, adapter.b.astype(x.dtype))
+    low_rank = jnp.tensordot(x, adapter.a.astype(x.dtype), inputs)
+    return y + scale * jnp.tensordot(low_rank, adapter.b.astype(x.dtype), 1)
 
 
 def gated_mlp(x: jax.Array, w, adapters, scale: float) -> jax.Array:
@@ -56,6 +54,6 @@ def gated_mlp(x: jax.Array, w, adapters, scale: float) -> jax.Array:
     `w` and `adapters` have fields gate, up: [D, F] and down: [F, D]. With F split over `tensor` the result is this
     shard's part of a sum.
     """
-    gate = project("...D,DF->...F", x, w.gate, adapters and adapters.gate, scale)
-    up = project("...D,DF->...F", x, w.up, adapters and adapters.up, scale)
-    return project("...F,FD->...D", jax.nn.gelu(gate, approximate=True) * up, w.down, adapters and adapters.down, scale)
+    gate = project(x, w.gate, adapters and adapters.gate, scale)
+    up = project(x, w.up, adapters and adapters.up, scale)
+    return project(jax.nn.gelu(gate, approximate=True) * up, w.down, adapters and adapters.down, scale)

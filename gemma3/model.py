@@ -51,7 +51,7 @@ class Prefix(NamedTuple):
     """A batch of prompts once read."""
 
     hidden: jax.Array  # [Q, P, D] after the final norm
-    kv: KeyValues  # [L, Q, P, K, H]
+    kv: KeyValues  # [L, Q, K, P, H]
     lengths: jax.Array  # int32[Q]
 
     @property

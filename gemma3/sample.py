@@ -163,21 +163,21 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 class PromptCache(NamedTuple):
     """One layer's keys and values of the prompts, as the token loop reads them: of a local layer the last window's."""
 
-    kv: KeyValues  # [Q, S, K, H]
+    kv: KeyValues  # [Q, K, S, H]
     starts: jax.Array  # int32[Q], the position of the first one
 
 
 def prompt_cache(kv: KeyValues, lengths: jax.Array, window: int | None) -> PromptCache:
-    """Keep of each prompt's keys [Q, P, K, H] the last `window`, or all of them."""
-    if window is None or window >= kv.k.shape[1]:
+    """Keep of each prompt's keys [Q, K, P, H] the last `window`, or all of them."""
+    if window is None or window >= kv.k.shape[2]:
         return PromptCache(kv, jnp.zeros_like(lengths))
     starts = jnp.maximum(lengths - window, 0)
-    places = (starts[:, None] + jnp.arange(window)[None])[:, :, None, None]
-    return PromptCache(KeyValues(*(jnp.take_along_axis(x, places, axis=1) for x in kv)), starts)
+    places = (starts[:, None] + jnp.arange(window)[None])[:, None, :, None]
+    return PromptCache(KeyValues(*(jnp.take_along_axis(x, places, axis=2) for x in kv)), starts)
 
 
 def prompt_caches(kv: KeyValues, lengths: jax.Array, config: Config) -> list[PromptCache]:
-    """`prompt_cache` of every layer; kv: [L, Q, P, K, H] of `prefill`."""
+    """`prompt_cache` of every layer; kv: [L, Q, K, P, H] of `prefill`."""
     windows = [config.sliding_window if local else None for local in config.is_local]
     return [prompt_cache(KeyValues(kv.k[i], kv.v[i]), lengths, window) for i, window in enumerate(windows)]
 
@@ -188,12 +188,14 @@ def cache_slots(config: Config, length: int) -> list[int]:
 
 
 def empty_caches(config: Config, rows: tuple[int, int], length: int, like: KeyValues) -> list[KeyValues]:
-    """Each layer's keys and values of `rows` = (Q, G) completions, [Q, G, S, K, H], before any token is drawn.
+    """Each layer's keys and values of `rows` = (Q, G) completions, [Q · K · G, S, H], before any token is drawn.
 
-    The heads and the dtype are those of `like`, keys and values [..., K, H] of this shard.
+    The three axes are one, since around an axis of 1, as Q or K often is, XLA copies a cache for every token that it
+    writes, on a CPU. The heads and the dtype are those of `like`, keys and values [..., K, S, H] of this shard.
     """
-    heads, dtype = like.k.shape[-2:], like.k.dtype
-    zeros = lambda slots: zeros_varying((*rows, slots, *heads), dtype, DATA, TENSOR)  # noqa: E731
+    heads, _, head_dim = like.k.shape[-3:]
+    shape = lambda slots: (math.prod(rows) * heads, slots, head_dim)  # noqa: E731
+    zeros = lambda slots: zeros_varying(shape(slots), like.k.dtype, DATA, TENSOR)  # noqa: E731
     return [KeyValues(zeros(slots), zeros(slots)) for slots in cache_slots(config, length)]
 
 
@@ -228,13 +230,16 @@ def decode(
     kinds = layer_kinds(config)
     for i, (weights, prompt, cache) in enumerate(zip(layers, prompts, caches, strict=True)):
         kind = LayerKind(kinds.window[i], kinds.inverse_frequencies[i])
-        slots = cache.k.shape[2]
+        slots = cache.k.shape[1]
         places = place - (place - jnp.arange(slots)) % slots  # the newest place each slot holds; negative: none yet
-        on_prompt = shared_mask(positions, lengths, prompt.starts, prompt.kv.k.shape[1], kind.window)
+        on_prompt = shared_mask(positions, lengths, prompt.starts, prompt.kv.k.shape[2], kind.window)
         on_own = own_mask(place[None], places, kind.window)
 
         def attention(q, k, v, prompt=prompt, cache=cache, slots=slots, on_prompt=on_prompt, on_own=on_own):
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place % slots, axis=2)
+            def write(cache, new):
+                new = new.reshape(-1, 1, new.shape[-1])
+                return jax.lax.dynamic_update_slice_in_dim(cache, new, place % slots, axis=1)
+
             own = KeyValues(write(cache.k, k), write(cache.v, v))
             sets = [(prompt.kv, on_prompt), (own, on_own)]
             return attend(q, sets, scale=config.query_scale, softcap=config.attention_softcap), own
@@ -266,7 +271,7 @@ class Loop(NamedTuple):
     ids: jax.Array  # int32[Q, G, C]
     mask: jax.Array  # bool[Q, G, C]
     logps: jax.Array  # float32[Q, G, C]
-    caches: list[KeyValues]  # per layer [Q, G, S, K, H]
+    caches: list[KeyValues]  # per layer [Q · K · G, S, H]
     stopped: jax.Array | None = None  # bool[], where the caller listens: whether it wants no more
 
 

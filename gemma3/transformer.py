@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma3.attention import KeyValues, attend, own_mask, prompt_mask, shared_mask
+from gemma3.attention import KeyValues, attend, by_head, own_mask, prompt_mask, shared_mask
 from gemma3.config import Config
 from gemma3.layers import gated_mlp, project, rms_norm, rope
 from gemma3.mesh import copy_to_tensor, gather_over_data, own_kv_heads, sum_over_tensor
@@ -70,21 +70,21 @@ def block(
     """One decoder block: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))).
 
     x: [Q, G, T, D]; w, adapters: one layer's; positions: int32[Q, 1, T]. `attention` is given rotated queries
-    [Q, G, T, N, H] and keys and values [Q, G, T, K, H], and returns the mix of values and whatever the caller wants to
+    [Q, G, T, N, H] and keys and values [Q, K, G, T, H], and returns the mix of values and whatever the caller wants to
     keep of the keys.
     """
     eps = config.norm_eps
     h = copy_to_tensor(rms_norm(x, w.pre_attention_norm, eps))
-    q = project("...D,DNH->...NH", h, w.q, adapters and adapters.q, lora_scale)
-    k = project("...D,DKH->...KH", h, w.k, adapters and adapters.k, lora_scale)
-    v = project("...D,DKH->...KH", h, w.v, adapters and adapters.v, lora_scale)
+    q = project(h, w.q, adapters and adapters.q, lora_scale)
+    k = project(h, w.k, adapters and adapters.k, lora_scale)
+    v = project(h, w.v, adapters and adapters.v, lora_scale)
     if config.qk_norm:
         q, k = rms_norm(q, w.q_norm, eps), rms_norm(k, w.k_norm, eps)
     q = rope(q, positions, kind.inverse_frequencies)
     k = rope(k, positions, kind.inverse_frequencies)
-    mixed, kept = attention(q, k, v)
+    mixed, kept = attention(q, by_head(k), by_head(v))
     # Each tensor shard holds some of the heads, and below some of the MLP's width: their parts are summed.
-    h = sum_over_tensor(project("...NH,NHD->...D", mixed, w.o, adapters and adapters.o, lora_scale))
+    h = sum_over_tensor(project(mixed, w.o, adapters and adapters.o, lora_scale, inputs=2))
     x = x + rms_norm(h, w.post_attention_norm, eps)
 
     h = copy_to_tensor(rms_norm(x, w.pre_mlp_norm, eps))
@@ -121,7 +121,7 @@ def prefill(
 ) -> tuple[jax.Array, KeyValues]:
     """Run the stack over prompts. x: [Q, P, D] embeddings, right-padded; valid: bool[Q, P]; image_blocks: int32[Q, P].
 
-    Returns the last block's output [Q, P, D], and the keys and values of every layer, [L, Q, P, K, H].
+    Returns the last block's output [Q, P, D], and the keys and values of every layer, [L, Q, K, P, H].
     """
     positions = jnp.arange(x.shape[1])[None, None]
 
@@ -129,7 +129,7 @@ def prefill(
         mask = prompt_mask(valid, image_blocks, kind.window)
 
         def attention(q, k, v):
-            kv = KeyValues(k[:, 0], v[:, 0])  # a prompt is a group of one
+            kv = KeyValues(k[:, :, 0], v[:, :, 0])  # a prompt is a group of one
             return attend(q, [(kv, mask)], scale=config.query_scale, softcap=config.attention_softcap), kv
 
         return block(x, w, adapters, kind, positions, attention, config=config, lora_scale=lora.scale if lora else 0.0)
@@ -141,14 +141,14 @@ def prefill(
 def extend(x: jax.Array, blocks: Block, lora, prompt: KeyValues, lengths: jax.Array, *, config: Config) -> jax.Array:
     """Run the stack over completions, each row seeing its prompt, and itself causally.
 
-    x: [Q, G, T, D] embeddings; prompt: KeyValues of `prefill`, [L, Q, P, K, H]; lengths: int32[Q] of the prompts.
+    x: [Q, G, T, D] embeddings; prompt: KeyValues of `prefill`, [L, Q, K, P, H]; lengths: int32[Q] of the prompts.
     Returns the last block's output [Q, G, T, D].
     """
     places = jnp.arange(x.shape[2])
     positions = lengths[:, None, None] + places[None, None]  # [Q, 1, T]
 
     def layer(x, w, adapters, kind, prompt):
-        on_prompt = shared_mask(positions, lengths, jnp.zeros_like(lengths), prompt.k.shape[1], kind.window)
+        on_prompt = shared_mask(positions, lengths, jnp.zeros_like(lengths), prompt.k.shape[2], kind.window)
         on_own = own_mask(places, places, kind.window)
 
         def attention(q, k, v):

@@ -63,9 +63,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def linear(
-    equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array, adapter=None, scale: float = 0.0
+    x: jax.Array, weight: jax.Array, bias: jax.Array, adapter=None, scale: float = 0.0, *, inputs: int = 1
 ) -> jax.Array:
-    y = project(equation, x, weight, adapter, scale)
+    y = project(x, weight, adapter, scale, inputs=inputs)
     return y + _last_axis(bias, y)
 
 
@@ -84,9 +84,9 @@ def vision_attention(
 
     Queries are taken a few at a time: the scores of all 4096 patches at once would be 1 GiB an image in float32.
     """
-    q = linear("...E,Ene->...ne", x, w.query, w.query_bias, adapters and adapters.query, lora_scale)
-    k = linear("...E,Ene->...ne", x, w.key, w.key_bias, adapters and adapters.key, lora_scale)
-    v = linear("...E,Ene->...ne", x, w.value, w.value_bias, adapters and adapters.value, lora_scale)
+    q = linear(x, w.query, w.query_bias, adapters and adapters.query, lora_scale)
+    k = linear(x, w.key, w.key_bias, adapters and adapters.key, lora_scale)
+    v = linear(x, w.value, w.value_bias, adapters and adapters.value, lora_scale)
     scale = q.shape[-1] ** -0.5
 
     @jax.checkpoint
@@ -96,15 +96,15 @@ def vision_attention(
         return jnp.einsum("InS,ISne->Ine", weights, v)
 
     mixed = jnp.moveaxis(jax.lax.map(attend, jnp.moveaxis(q, 1, 0), batch_size=256), 0, 1)
-    return linear("...ne,neE->...E", mixed, w.out, w.out_bias, adapters and adapters.out, lora_scale)
+    return linear(mixed, w.out, w.out_bias, adapters and adapters.out, lora_scale, inputs=2)
 
 
 def vision_mlp(
     x: jax.Array, w: VisionBlock, adapters: LoraVisionBlock | None = None, lora_scale: float = 0.0
 ) -> jax.Array:
-    h = linear("...E,Ef->...f", x, w.fc1, w.fc1_bias, adapters and adapters.fc1, lora_scale)
+    h = linear(x, w.fc1, w.fc1_bias, adapters and adapters.fc1, lora_scale)
     h = jax.nn.gelu(h, approximate=True)
-    return linear("...f,fE->...E", h, w.fc2, w.fc2_bias, adapters and adapters.fc2, lora_scale)
+    return linear(h, w.fc2, w.fc2_bias, adapters and adapters.fc2, lora_scale)
 
 
 def vision_block(
@@ -118,7 +118,7 @@ def embed_patches(pixels: jax.Array, w: Vision, patch_size: int) -> jax.Array:
     """uint8 [I, h, w, 3] to [I, T, E]: values to [-1, 1], patches, a linear map, learned positions."""
     x = pixels.astype(jnp.float32) / 127.5 - 1.0
     x = patchify(x, patch_size).astype(w.patch_kernel.dtype)
-    return linear("...p,pE->...E", x, w.patch_kernel, w.patch_bias) + w.position[None]
+    return linear(x, w.patch_kernel, w.patch_bias) + w.position[None]
 
 
 def encode(pixels: jax.Array, w: Vision, config: VisionConfig, lora: Lora | None = None) -> jax.Array:

@@ -12,7 +12,7 @@ from tiny_models import IMAGE_ID, tiny_text_config
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
-from gemma3.attention import KeyValues, attend, image_blocks, own_mask, prompt_mask, shared_mask
+from gemma3.attention import KeyValues, attend, by_head, image_blocks, own_mask, prompt_mask, shared_mask
 from gemma3.layers import project, rms_norm, rope
 from gemma3.transformer import layer_kinds
 
@@ -215,8 +215,8 @@ SCALE = 0.3
 
 def attention_inputs():
     q = 3 * normal(0, Q, G, T, HEADS, HEAD_DIM)
-    shared = KeyValues(normal(1, Q, S1, KV_HEADS, HEAD_DIM), normal(2, Q, S1, KV_HEADS, HEAD_DIM))
-    own = KeyValues(normal(3, Q, G, S2, KV_HEADS, HEAD_DIM), normal(4, Q, G, S2, KV_HEADS, HEAD_DIM))
+    shared = KeyValues(normal(1, Q, KV_HEADS, S1, HEAD_DIM), normal(2, Q, KV_HEADS, S1, HEAD_DIM))
+    own = KeyValues(normal(3, Q, KV_HEADS, G, S2, HEAD_DIM), normal(4, Q, KV_HEADS, G, S2, HEAD_DIM))
     masks = np.random.default_rng(5).random((Q, 1, T, S1)) < 0.6, np.random.default_rng(6).random((1, 1, T, S2)) < 0.6
     masks[1][..., 0] = True  # every query sees something
     return q, shared, own, *masks
@@ -228,7 +228,7 @@ def concatenated():
 
     def join(s, o):
         s = np.broadcast_to(s[:, None], (Q, G, *s.shape[1:]))
-        return tensor(np.concatenate([s, o], axis=2)).flatten(0, 1).transpose(1, 2)
+        return tensor(np.concatenate([s, o.swapaxes(1, 2)], axis=3)).flatten(0, 1)
 
     seen = np.concatenate([np.broadcast_to(m, (Q, G, T, m.shape[-1])) for m in (shared_seen, own_seen)], axis=-1)
     return join(shared.k, own.k), join(shared.v, own.v), tensor(seen).flatten(0, 1)[:, None]
@@ -290,12 +290,14 @@ def test_an_attention_layer_equals_hugging_face(layer):
     theirs = module(tensor(x), position_embeddings=rotation, attention_mask=hf_mask)[0]
 
     x = x[:, None]
-    q = rms_norm(project("...D,DNH->...NH", x, w.q, None, 0.0), w.q_norm, config.norm_eps)
-    k = rms_norm(project("...D,DKH->...KH", x, w.k, None, 0.0), w.k_norm, config.norm_eps)
-    v = project("...D,DKH->...KH", x, w.v, None, 0.0)
+    q = rms_norm(project(x, w.q, None, 0.0), w.q_norm, config.norm_eps)
+    k = rms_norm(project(x, w.k, None, 0.0), w.k_norm, config.norm_eps)
+    v = project(x, w.v, None, 0.0)
     q, k = (rope(heads, positions, kind.inverse_frequencies) for heads in (q, k))
-    mixed = attend(q, [(KeyValues(k[:, 0], v[:, 0]), mask)], scale=config.query_scale, softcap=None)
-    assert_close(project("...NH,NHD->...D", mixed, w.o, None, 0.0)[:, 0], theirs)
+    mixed = attend(
+        q, [(KeyValues(by_head(k)[:, :, 0], by_head(v)[:, :, 0]), mask)], scale=config.query_scale, softcap=None
+    )
+    assert_close(project(mixed, w.o, None, 0.0, inputs=2)[:, 0], theirs)
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
@@ -303,6 +305,6 @@ def test_query_and_key_norms_equal_hugging_face(name):
     """One weight over the head dim, the same for every head, applied before rope."""
     hf, config, params = text_pair()
     module, w, x = hf.model.layers[3].self_attn, one(params.text.blocks, 3), normal(3, 2, 13, 48)
-    heads = project("...D,DNH->...NH", x, getattr(w, name), None, 0.0)
+    heads = project(x, getattr(w, name), None, 0.0)
     theirs = getattr(module, f"{name}_norm")(getattr(module, f"{name}_proj")(tensor(x)).unflatten(-1, (-1, 16)))
     assert_close(rms_norm(heads, getattr(w, f"{name}_norm"), config.norm_eps), theirs)

@@ -391,7 +391,7 @@ def test_cache_bytes_are_those_of_the_arrays(prompt_length, length):
     """Prompts and completions longer and shorter than the window of 8; and by hand: five local layers, one global."""
     config = stopping_pair().config
     prompts, dtype = 7, jnp.bfloat16
-    kv = KeyValues(*(jax.ShapeDtypeStruct((6, prompts, prompt_length, 2, 16), dtype),) * 2)
+    kv = KeyValues(*(jax.ShapeDtypeStruct((6, prompts, 2, prompt_length, 16), dtype),) * 2)
 
     def caches(kv, lengths):
         of_prompts = [cache.kv for cache in prompt_caches(kv, lengths, config)]

@@ -50,7 +50,7 @@ def test_a_block_equals_hugging_face(model, layer):
 
     def run(x, w):
         def attention(q, k, v):
-            sets = [(KeyValues(k[:, 0], v[:, 0]), mask)]
+            sets = [(KeyValues(k[:, :, 0], v[:, :, 0]), mask)]
             return attend(q, sets, scale=config.query_scale, softcap=config.attention_softcap), None
 
         return transformer.block(x, w, None, kind, positions, attention, config=config, lora_scale=0.0)[0]
@@ -80,7 +80,7 @@ def test_the_stack_equals_hugging_face(model):
     text(inputs_embeds=tensor(x), attention_mask=mask, use_cache=False)
     handle.remove()
     ours, kv = on_one_device(transformer.prefill, config=config)(x, params.text.blocks, None, VALID, blocks)
-    assert kv.k.shape == kv.v.shape == (config.num_layers, 3, 17, 2, 16)
+    assert kv.k.shape == kv.v.shape == (config.num_layers, 3, 2, 17, 16)
     theirs = raw[0].detach().numpy()[VALID]
     assert_close(ours[VALID], theirs, atol=5e-6 * np.abs(theirs).max())
 
