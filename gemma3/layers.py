@@ -6,6 +6,8 @@ Norms and rotations are computed in float32 and return the dtype of their input,
 import jax
 import jax.numpy as jnp
 
+from gemma3.mesh import copy_to_shards
+
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x²) + eps) * (1 + weight) over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
@@ -33,19 +35,41 @@ def rope(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -> 
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
+@jax.custom_vjp
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x · w of two matrices, the gradient of w as xᵀ · g: JAX's own is (gᵀ · x)ᵀ.
+
+    Where x is narrow and g wide, as before an adapter's B, transposing g took a CPU a quarter of the time of an update.
+    """
+    return x @ w
+
+
+def _product_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ w, (x, w)
+
+
+def _product_backward(inputs: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = inputs
+    return g @ w.T, x.T @ g
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 def project(x: jax.Array, weight: jax.Array, adapter, scale: float, *, inputs: int = 1) -> jax.Array:
     """x · W, plus scale * (x · A) · B where an adapter (A, B) is given (LoRA, arXiv 2106.09685, section 4.1).
 
-    The last `inputs` axes of x meet the first ones of W, in their order: flattened, both lie in memory as they are, and
-    nothing is transposed. The adapter is kept in float32 and used in x's dtype.
+    The last `inputs` axes of x meet the first ones of W, in their order, so that both are read as they lie in memory.
+    The adapter is kept in float32 and used in x's dtype.
 
     x: [..., *inputs]; weight: [*inputs, *outputs]; adapter.a: [*inputs, r]; adapter.b: [r, *outputs].
     """
     y = jnp.tensordot(x, weight, inputs)
     if adapter is None:
         return y
-    low_rank = jnp.tensordot(x, adapter.a.astype(x.dtype), inputs)
-    return y + scale * jnp.tensordot(low_rank, adapter.b.astype(x.dtype), 1)
+    a, b = (part.astype(x.dtype) for part in adapter)
+    low_rank, b = jnp.tensordot(x, a, inputs), copy_to_shards(b)
+    return y + scale * _product(low_rank.reshape(-1, b.shape[0]), b.reshape(b.shape[0], -1)).reshape(y.shape)
 
 
 def gated_mlp(x: jax.Array, w, adapters, scale: float) -> jax.Array:

@@ -217,6 +217,11 @@ def copy_to_tensor(x: jax.Array) -> jax.Array:
     return x + zeros_varying((), x.dtype, TENSOR)
 
 
+def copy_to_shards(x: jax.Array) -> jax.Array:
+    """The identity on a weight as every shard uses it: its gradient is summed over those that hold the same."""
+    return x + zeros_varying((), x.dtype, DATA, TENSOR)
+
+
 def sum_over_tensor(x: jax.Array) -> jax.Array:
     return lax.psum(x, TENSOR)
 
