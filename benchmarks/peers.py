@@ -1,7 +1,7 @@
-"""Side by side on one machine: this project, transformers' generate, TRL with PEFT, and Tunix, on the same work.
+"""Side by side on one machine: this project, transformers' generate, TRL with PEFT, Tunix and gemma, on the same work.
 
     pip install -r benchmarks/requirements.txt
-    python -m benchmarks.peers --python tunix=path/to/its/python              # everything
+    python -m benchmarks.peers --python tunix=PATH --python gemma=PATH        # everything
     python -m benchmarks.peers update-text step-image --repeats 5             # some parts
     python -m benchmarks.peers --quick                                        # toy sizes: does it run?
 
@@ -47,6 +47,7 @@ SYSTEMS = {
     "trl": System("peer_torch", ("torch", "transformers", "trl", "peft")),
     "trl, checkpointing": System("peer_torch", ("torch", "transformers", "trl", "peft"), PIP, {"checkpointing": True}),
     "tunix": System("peer_tunix", ("google-tunix", "jax", "flax"), "pip install google-tunix, in its own environment"),
+    "gemma": System("peer_gemma", ("gemma", "safetensors", "jax", "flax"), "benchmarks/requirements.txt says how"),
 }
 
 
@@ -65,7 +66,7 @@ class Part(NamedTuple):
 
 TRAINERS = ("ours", "trl", "trl, checkpointing", "tunix")
 PARTS = {
-    "sampling-text": Part("sampling", False, ("ours", "transformers", "tunix"), 2, 256, 64, {"tunix": "≥ 3"}),
+    "sampling-text": Part("sampling", False, ("ours", "transformers", "tunix", "gemma"), 2, 256, 64, {"tunix": "≥ 3"}),
     "sampling-image": Part("sampling", True, ("ours", "transformers"), 1, 300, 128, {"transformers": "≥ 3"}),
     "update-text": Part("update", False, TRAINERS, 2, 256, 64, {"tunix": "≥ 4"}, {"trl": "≥ 3"}),
     "update-image": Part("update", True, TRAINERS[:3], 1, 300, 128, {"trl": "≥ 3"}),
@@ -219,8 +220,8 @@ def show(name: str, results: dict[str, Any], args: argparse.Namespace, console: 
 def interpreter(text: str) -> tuple[str, str]:
     """NAME=PATH of --python."""
     name, _, path = text.partition("=")
-    if name not in ("ours", "torch", "tunix") or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ours=PATH, torch=PATH or tunix=PATH")
+    if name not in ("ours", "torch", "tunix", "gemma") or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ours=PATH, torch=PATH, tunix=PATH or gemma=PATH")
     return name, os.path.abspath(path)
 
 
