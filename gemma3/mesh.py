@@ -217,9 +217,9 @@ def copy_to_tensor(x: jax.Array) -> jax.Array:
     return x + zeros_varying((), x.dtype, TENSOR)
 
 
-def copy_to_shards(x: jax.Array) -> jax.Array:
-    """The identity on a weight as every shard uses it: its gradient is summed over those that hold the same."""
-    return x + zeros_varying((), x.dtype, DATA, TENSOR)
+def copy_to_shards_of(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The identity on a weight, for use with an x that differs between shards: its gradient is summed over those."""
+    return weight + jnp.zeros_like(x, weight.dtype, ())
 
 
 def sum_over_tensor(x: jax.Array) -> jax.Array:

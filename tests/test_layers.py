@@ -19,7 +19,6 @@ from transformers.models.gemma3.modeling_gemma3 import (
 from gemma3.config_json import config_from_dict
 from gemma3.layers import gated_mlp, project, rms_norm, rope
 from gemma3.lora import Adapter
-from gemma3.mesh import on_one_device
 from gemma3.transformer import layer_kinds
 
 
@@ -117,7 +116,7 @@ def test_gated_mlp_equals_hugging_face():
 def test_a_projection_with_an_adapter_is_one_with_the_updated_weight(equation, inputs, outputs):
     x, w, a, b = normal(0, 11, 13, *inputs), normal(1, *inputs, *outputs), normal(2, *inputs, 3), normal(3, 3, *outputs)
     update = (a.reshape(-1, 3) @ b.reshape(3, -1)).reshape(w.shape)
-    ours = on_one_device(project, scale=0.25, inputs=len(inputs))(x, w, Adapter(a, b))
+    ours = project(x, w, Adapter(a, b), 0.25, inputs=len(inputs))
     assert_close(ours, np.einsum(equation, x, w + 0.25 * update), atol=2e-5)
     assert_close(project(x, w, None, 0.25, inputs=len(inputs)), np.einsum(equation, x, w), atol=2e-5)
 
@@ -125,4 +124,4 @@ def test_a_projection_with_an_adapter_is_one_with_the_updated_weight(equation, i
 def test_an_adapter_is_used_in_the_dtype_of_its_input():
     x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((5, 7), jnp.bfloat16)
     pair = Adapter(jnp.ones((5, 3), jnp.float32), jnp.ones((3, 7), jnp.float32))
-    assert jax.eval_shape(on_one_device(project, scale=0.5), x, w, pair).dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda: project(x, w, pair, 0.5)).dtype == jnp.bfloat16
