@@ -269,6 +269,16 @@ def measure(setup: Setup, trainable: Trainable, log: RunLog) -> dict:
     return preference_accuracy(setup.given, given_logps(*now, setup.given, setup.reader, **sizes))
 
 
+def say_goodbye(settings: Settings, before: dict, after: dict, minutes: float) -> None:
+    """What came out of a run, and where it is."""
+    print(spoken("held-out accuracy before", before))
+    print(spoken("held-out accuracy after ", after))
+    trained = settings.out / ("adapter" if settings.lora_r else "model")
+    print(f"{settings.steps} steps in {minutes:.1f} minutes; the result is {trained}")
+    print(f"look at it: {settings.out / 'report.html'}")
+    print(f"evaluate it with: python eval.py --ckpt {shlex.quote(str(settings.out))}")
+
+
 def train(settings: Settings) -> None:
     """Run, or continue, the training that `settings` describe."""
     started = time.perf_counter()
@@ -357,13 +367,8 @@ def train(settings: Settings) -> None:
                 report.write(settings.out)
     if done < settings.steps:
         print(f"stopped after step {done}; continue with: python train.py --resume {shlex.quote(str(settings.out))}")
-        return
-    print(spoken("held-out accuracy before", before))
-    print(spoken("held-out accuracy after ", after))
-    trained = settings.out / ("adapter" if settings.lora_r else "model")
-    print(f"{settings.steps} steps in {(time.perf_counter() - started) / 60:.1f} minutes; the result is {trained}")
-    print(f"look at it: {settings.out / 'report.html'}")
-    print(f"evaluate it with: python eval.py --ckpt {shlex.quote(str(settings.out))}")
+    else:
+        say_goodbye(settings, before, after, minutes=(time.perf_counter() - started) / 60)
 
 
 def main() -> None:

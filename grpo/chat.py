@@ -26,9 +26,9 @@ from rich.text import Text
 from gemma3.config import Config
 from gemma3.lora import Lora
 from gemma3.model import Params
-from gemma3.sample import OnToken, Samples, Sampling, choose_gather, decoding_bytes, device_memory, sample
+from gemma3.sample import OnToken, Sampling
 from gemma3.tokenizer import Tokenizer
-from grpo.rollout import Prompt, place_prompts
+from grpo.rollout import Prompt, Rollout, place_prompts, roll_out
 
 _SHORTEST = 64  # tokens: prompts are padded to this, or to a power of two
 # What moves a terminal's cursor, colours it, or turns the direction of its text; tab and newline may.
@@ -77,7 +77,7 @@ def room_for(tokens: int, pictures: int, limit: int) -> Room:
 
 def draw(
     answerer: Answerer, prompts: Sequence[Prompt], index: Sequence[int], room: Room, on_token: OnToken | None = None
-) -> Samples:
+) -> Rollout:
     """One completion of each prompt. `index` keys each one's randomness: it does not depend on what is drawn beside it.
 
     An empty prompt is not answered, and fills a batch up.
@@ -93,16 +93,7 @@ def draw(
         max_prompt_length=room.tokens,
         max_images=room.pictures,
     )
-    needed = decoding_bytes(
-        a.params,
-        config=a.config,
-        mesh=a.mesh,
-        prompts=len(prompts),
-        group=1,
-        prompt_length=room.tokens,
-        length=a.max_completion_length,
-    )
-    samples = sample(
+    rollout = roll_out(
         a.params,
         a.lora,
         placed,
@@ -113,16 +104,16 @@ def draw(
         num_generations=1,
         max_completion_length=a.max_completion_length,
         sampling=a.sampling,
-        gather_once=choose_gather(needed, device_memory())[0],
         on_token=on_token,
     )
-    return jax.block_until_ready(samples)
+    return jax.block_until_ready(rollout)
 
 
 def draw_answers(answerer: Answerer, prompts: Sequence[Prompt], index: Sequence[int], room: Room) -> list[Answer]:
     """The answer to each prompt; see `draw`."""
-    samples = jax.device_get(draw(answerer, prompts, index, room))
-    rows = zip(samples.completion_ids[:, 0], samples.completion_mask[:, 0], samples.finished[:, 0], strict=True)
+    drawn = draw(answerer, prompts, index, room)
+    ids, mask, finished = jax.device_get((drawn.completion_ids, drawn.completion_mask, drawn.finished))
+    rows = zip(ids[:, 0], mask[:, 0], finished[:, 0], strict=True)
     answers = [Answer(answerer.tokenizer.decode(ids[mask]), bool(finished)) for ids, mask, finished in rows]
     return answers[: len(prompts)]
 

@@ -141,17 +141,8 @@ def take_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
     batch = LossBatch(advantages, mask, weights, old_logps, ref_logps=old_logps)
     logps, metrics = [], []
     for _ in range(step.settings.num_iterations):
-        trainable, opt_state, of_one, before = update(
-            trainable,
-            opt_state,
-            step.frozen,
-            rollout.prompts,
-            rollout.completion_ids,
-            batch,
-            optimizer=step.optimizer,
-            dtype=step.dtype,
-            loss=step.loss,
-            **step.compute,
+        trainable, opt_state, of_one, before = step.update(
+            trainable, opt_state, rollout.prompts, rollout.completion_ids, batch
         )
         logps.append(before)
         metrics.append({name: float(value) for name, value in of_one.items()})

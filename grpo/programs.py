@@ -168,6 +168,7 @@ def sample_program(job: Job, state: State) -> Program:
         "max_completion_length": s.max_completion_length,
         "sampling": Sampling(s.temperature, s.top_k, s.top_p),
         "gather_once": gathers_once(job)[0],
+        "on_token": None,
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     allowed = jax.ShapeDtypeStruct((job.config.vocab_size,), jnp.bool_)
@@ -194,7 +195,7 @@ def update_program(job: Job, state: State, optimizer: optax.GradientTransformati
         "config": job.config,
         "mesh": job.mesh,
         "dtype": job.dtype,
-        "loss": None if supervised else loss_config(s),
+        "loss": loss_config(s),
         "temperature": s.temperature,
         "micro_batch": check_batch(s, job.mesh),
     }

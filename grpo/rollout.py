@@ -13,7 +13,7 @@ from gemma3.config import Config
 from gemma3.lora import Lora
 from gemma3.mesh import DATA
 from gemma3.model import Params, pack_images
-from gemma3.sample import Prompts, Sampling, choose_gather, decoding_bytes, device_memory, encode, sample
+from gemma3.sample import OnToken, Prompts, Sampling, choose_gather, decoding_bytes, device_memory, encode, sample
 
 
 class Prompt(NamedTuple):
@@ -102,8 +102,9 @@ def roll_out(
     num_generations: int,
     max_completion_length: int,
     sampling: Sampling,
+    on_token: OnToken | None = None,
 ) -> Rollout:
-    """Draw the completions of a step; `key` is the step's."""
+    """Draw the completions of a step; `key` is the step's. See `sample`."""
     rows, prompt_length = prompts.ids.shape
     needed = decoding_bytes(
         params,
@@ -127,6 +128,7 @@ def roll_out(
         max_completion_length=max_completion_length,
         sampling=sampling,
         gather_once=gather_once,
+        on_token=on_token,
     )
     return Rollout(prompts, samples.completion_ids, samples.completion_mask, samples.logps, samples.finished)
 

@@ -192,9 +192,10 @@ def resolve_defaults(settings: Settings) -> Settings:
     return settings
 
 
-def loss_config(settings: Settings) -> LossConfig:
-    """What the flags say about the loss; ValueError where they cannot be."""
-    return LossConfig(**{entry.name: getattr(settings, entry.name) for entry in fields(LossConfig)})
+def loss_config(settings: Settings) -> LossConfig | None:
+    """What the flags say about the loss, None for supervised training; ValueError where they cannot be."""
+    loss = LossConfig(**{entry.name: getattr(settings, entry.name) for entry in fields(LossConfig)})
+    return None if settings.objective == "sft" else loss
 
 
 def mesh_shape(text: str) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Step:
     tokenizer: Tokenizer
     frozen: Params
     optimizer: optax.GradientTransformation
-    loss: LossConfig
+    loss: LossConfig | None  # None is supervised training
     scorer: Callable  # (completions, examples, num_tokens=, finished=, prompts=) -> .total and .parts, by part's name
     is_right: Callable[[str, Any], bool]  # (completion, example)
     solution: Callable[[Any], str]  # what supervised training teaches for an example
@@ -85,6 +85,21 @@ class Step:
             max_prompt_length=self.settings.max_prompt_length,
             max_images=self.max_images,
             keep_pixels=self.settings.train_vision or (lora is not None and lora.vision is not None),
+        )
+
+    def update(self, trainable: Trainable, opt_state, prompts: Prompts, completion_ids: jax.Array, batch: LossBatch):
+        """`grpo.update.update` with this step's model, loss and optimizer."""
+        return update(
+            trainable,
+            opt_state,
+            self.frozen,
+            prompts,
+            completion_ids,
+            batch,
+            optimizer=self.optimizer,
+            dtype=self.dtype,
+            loss=self.loss,
+            **self.compute,
         )
 
 
@@ -349,17 +364,8 @@ def grpo_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
     del params, lora  # of whole weights in training a second copy, which the update makes for itself
     updates = []
     for _ in range(s.num_iterations):
-        trainable, opt_state, metrics, logps = update(
-            trainable,
-            opt_state,
-            step.frozen,
-            rollout.prompts,
-            rollout.completion_ids,
-            batch,
-            optimizer=step.optimizer,
-            dtype=step.dtype,
-            loss=step.loss,
-            **step.compute,
+        trainable, opt_state, metrics, logps = step.update(
+            trainable, opt_state, rollout.prompts, rollout.completion_ids, batch
         )
         updates.append(metrics)
     updates = jax.device_get(updates)
@@ -384,18 +390,7 @@ def sft_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row]):
     put = lambda array: split_over_data(array, step.mesh)  # noqa: E731
     weights = token_weights("dapo", jnp.asarray(mask), max_completion_length=s.max_completion_length)
     batch = LossBatch(put(np.zeros(mask.shape[:2], np.float32)), put(mask), put(weights), old_logps=None)
-    trainable, opt_state, metrics, _ = update(
-        trainable,
-        opt_state,
-        step.frozen,
-        prompts,
-        put(ids),
-        batch,
-        optimizer=step.optimizer,
-        dtype=step.dtype,
-        loss=None,
-        **step.compute,
-    )
+    trainable, opt_state, metrics, _ = step.update(trainable, opt_state, prompts, put(ids), batch)
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     metrics["completions/mean_length"] = float(mask.sum() / len(batch_rows))
     metrics["step_time"] = time.perf_counter() - started
