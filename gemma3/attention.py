@@ -78,8 +78,9 @@ def attend(
     Exactly what attention over the concatenated keys would give, without repeating a prompt's keys for each of its G
     completions. Query head n uses key/value head n // R. Scores and the softmax are float32.
 
-    q: [Q, G, T, N, H]; each set: its KeyValues, the first a prompt's, and a mask that broadcasts to bool[Q, G, T, S].
-    Returns [Q, G, T, N, H]. A query that may see no key at all (padding) gets finite values without meaning.
+    q: [Q, G, T, N, H]; each set: its KeyValues, whose axes before S may be one after the first set, and a mask that
+    broadcasts to bool[Q, G, T, S]. Returns [Q, G, T, N, H]. A query that may see no key at all (padding) gets finite
+    values without meaning.
     """
     *rows, heads, head_dim = q.shape
     kv_heads = sets[0][0].k.shape[1]

@@ -194,9 +194,15 @@ def empty_caches(config: Config, rows: tuple[int, int], length: int, like: KeyVa
     writes, on a CPU. The heads and the dtype are those of `like`, keys and values [..., K, S, H] of this shard.
     """
     heads, _, head_dim = like.k.shape[-3:]
-    shape = lambda slots: (math.prod(rows) * heads, slots, head_dim)  # noqa: E731
-    zeros = lambda slots: zeros_varying(shape(slots), like.k.dtype, DATA, TENSOR)  # noqa: E731
+    sequences = math.prod(rows) * heads
+    zeros = lambda slots: zeros_varying((sequences, slots, head_dim), like.k.dtype, DATA, TENSOR)  # noqa: E731
     return [KeyValues(zeros(slots), zeros(slots)) for slots in cache_slots(config, length)]
+
+
+def write(cache: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
+    """Put a token's keys or values [Q, K, G, 1, H] into a cache [Q · K · G, S, H], a ring: place t in slot t mod S."""
+    new = new.reshape(-1, 1, new.shape[-1])
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, place % cache.shape[1], axis=1)
 
 
 def cache_bytes(config: Config, prompts: int, group: int, prompt_length: int, length: int, itemsize: int) -> int:
@@ -222,8 +228,8 @@ def decode(
 ) -> tuple[jax.Array, list[KeyValues]]:
     """Run the stack over one new token of every row. x: [Q, G, 1, D]; place: int32[], the token's in its completion.
 
-    layers: per layer a function returning its weights and adapters. A cache of S slots is a ring: place t is written to
-    slot t mod S. Returns the last block's output and the caches with the token added.
+    layers: per layer a function returning its weights and adapters. Returns the last block's output and the caches with
+    the token added.
     """
     positions = (lengths + place)[:, None, None]
     new_caches = []
@@ -235,12 +241,8 @@ def decode(
         on_prompt = shared_mask(positions, lengths, prompt.starts, prompt.kv.k.shape[2], kind.window)
         on_own = own_mask(place[None], places, kind.window)
 
-        def attention(q, k, v, prompt=prompt, cache=cache, slots=slots, on_prompt=on_prompt, on_own=on_own):
-            def write(cache, new):
-                new = new.reshape(-1, 1, new.shape[-1])
-                return jax.lax.dynamic_update_slice_in_dim(cache, new, place % slots, axis=1)
-
-            own = KeyValues(write(cache.k, k), write(cache.v, v))
+        def attention(q, k, v, prompt=prompt, cache=cache, on_prompt=on_prompt, on_own=on_own):
+            own = KeyValues(write(cache.k, k, place), write(cache.v, v, place))
             sets = [(prompt.kv, on_prompt), (own, on_own)]
             return attend(q, sets, scale=config.query_scale, softcap=config.attention_softcap), own
 
