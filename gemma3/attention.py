@@ -20,7 +20,10 @@ import jax.numpy as jnp
 
 
 class KeyValues(NamedTuple):
-    """Keys (rotated) and values: [Q, K, S, H] shared by a prompt's completions, or [Q, K, G, S, H] each row's own."""
+    """Keys (rotated) and values: [Q, K, S, H] shared by a prompt's completions, or [Q, K, G, S, H] each row's own.
+
+    The sampler keeps a row's own with the leading axes merged, [Q · K · G, S, H].
+    """
 
     k: jax.Array
     v: jax.Array
@@ -78,19 +81,19 @@ def attend(
     Exactly what attention over the concatenated keys would give, without repeating a prompt's keys for each of its G
     completions. Query head n uses key/value head n // R. Scores and the softmax are float32.
 
-    q: [Q, G, T, N, H]; each set: its KeyValues, whose axes before S may be one after the first set, and a mask that
-    broadcasts to bool[Q, G, T, S]. Returns [Q, G, T, N, H]. A query that may see no key at all (padding) gets finite
-    values without meaning.
+    q: [Q, G, T, N, H]; each set: its KeyValues, the first with K as an axis, and a mask that broadcasts to
+    bool[Q, G, T, S]. Returns [Q, G, T, N, H]. A query that may see no key at all (padding) gets finite values without
+    meaning.
     """
     *rows, heads, head_dim = q.shape
     kv_heads = sets[0][0].k.shape[1]
     q = jnp.einsum("QGTKRH->QKGRTH", q.reshape(*rows, kv_heads, heads // kv_heads, head_dim))
 
-    # All queries that share their keys stand in one axis M: G·R·T of them on a prompt's, R·T on a row's own. These are
-    # then plain batched matrix products, for which no compiler has to copy the keys and values into another order.
+    # Queries that share their keys are joined in one axis J: G·R·T of them on a prompt's, R·T on a row's own. So these
+    # are plain batched matrix products, for which no compiler has to copy the keys and values into another order.
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:  # float32[Q, K, G, R, T, S]
         queries = q.reshape(*keys.shape[:-2], -1, head_dim)
-        s = scale * jnp.einsum("...MH,...SH->...MS", queries, keys, preferred_element_type=jnp.float32)
+        s = scale * jnp.einsum("...JH,...SH->...JS", queries, keys, preferred_element_type=jnp.float32)
         s = s.reshape(*q.shape[:-1], -1)
         if softcap is not None:
             s = softcap * jnp.tanh(s / softcap)
@@ -98,7 +101,7 @@ def attend(
 
     def weighted(weights: jax.Array, values: jax.Array) -> jax.Array:  # float32[Q, K, G, R, T, H]
         weights = weights.astype(values.dtype).reshape(*values.shape[:-2], -1, values.shape[-2])
-        out = jnp.einsum("...MS,...SH->...MH", weights, values, preferred_element_type=jnp.float32)
+        out = jnp.einsum("...JS,...SH->...JH", weights, values, preferred_element_type=jnp.float32)
         return out.reshape(q.shape)
 
     all_scores = [scores(kv.k, mask) for kv, mask in sets]

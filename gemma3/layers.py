@@ -38,41 +38,42 @@ def rope(x: jax.Array, positions: jax.Array, inverse_frequencies: jax.Array) -> 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, w: jax.Array, inputs: int) -> jax.Array:
-    """x · w over the last `inputs` axes of x and the first ones of w, in their order: all is read as it lies in memory.
+def _product(x: jax.Array, w: jax.Array, axes: int) -> jax.Array:
+    """x · w over the last `axes` of x and the first ones of w, in their order: all is read as it lies in memory.
 
-    The gradient of w is xᵀ · g. JAX's own is (gᵀ · x)ᵀ, and transposing g takes a CPU a quarter of an update's time.
+    The gradient of w is xᵀ · g. JAX's own is (gᵀ · x)ᵀ, for which a CPU transposes g, and computes it again to do so.
     """
-    return jnp.tensordot(x, w, inputs)
+    return jnp.tensordot(x, w, axes)
 
 
-def _product_forward(x: jax.Array, w: jax.Array, inputs: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return jnp.tensordot(x, w, inputs), (x, w)
+def _product_forward(x: jax.Array, w: jax.Array, axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, w, axes), (x, w)
 
 
-def _product_backward(inputs: int, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(axes: int, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = kept
-    tokens = list(range(x.ndim - inputs))
-    outputs = list(range(inputs, w.ndim))
+    tokens = list(range(x.ndim - axes))
+    outputs = list(range(axes, w.ndim))
     of_x = jnp.tensordot(g, w, (list(range(-len(outputs), 0)), outputs))
-    return of_x, jnp.tensordot(x, g, (tokens, tokens))
+    of_w = jnp.tensordot(x, g, (tokens, tokens))
+    return of_x.astype(x.dtype), of_w.astype(w.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def project(x: jax.Array, weight: jax.Array, adapter, scale: float, *, inputs: int = 1) -> jax.Array:
+def project(x: jax.Array, weight: jax.Array, adapter, scale: float, *, axes: int = 1) -> jax.Array:
     """x · W, plus scale * (x · A) · B where an adapter (A, B) is given (LoRA, arXiv 2106.09685, section 4.1).
 
-    The last `inputs` axes of x meet the first ones of W. The adapter is kept in float32 and used in x's dtype.
+    The last `axes` of x, its inputs, meet the first ones of W. The adapter is kept in float32 and used in x's dtype.
 
     x: [..., *inputs]; weight: [*inputs, *outputs]; adapter.a: [*inputs, r]; adapter.b: [r, *outputs].
     """
-    y = _product(x, copy_to_shards_of(x, weight), inputs)
+    y = _product(x, copy_to_shards_of(x, weight), axes)
     if adapter is None:
         return y
     a, b = (copy_to_shards_of(x, part.astype(x.dtype)) for part in adapter)
-    return y + scale * _product(_product(x, a, inputs), b, 1)
+    return y + scale * _product(_product(x, a, axes), b, 1)
 
 
 def gated_mlp(x: jax.Array, w, adapters, scale: float) -> jax.Array:

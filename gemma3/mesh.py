@@ -218,7 +218,11 @@ def copy_to_tensor(x: jax.Array) -> jax.Array:
 
 
 def copy_to_shards_of(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The identity on a weight, for use with an x that differs between shards: its gradient is summed over those."""
+    """The identity on a weight that more shards hold than hold the same x: its gradient is summed over all of these.
+
+    JAX does so by itself for its own products; a gradient rule written by hand must be given arrays that differ between
+    the same shards. Zeros made like x are marked as x is.
+    """
     return weight + jnp.zeros_like(x, weight.dtype, ())
 
 

@@ -84,7 +84,7 @@ def block(
     k = rope(k, positions, kind.inverse_frequencies)
     mixed, kept = attention(q, by_head(k), by_head(v))
     # Each tensor shard holds some of the heads, and below some of the MLP's width: their parts are summed.
-    h = sum_over_tensor(project(mixed, w.o, adapters and adapters.o, lora_scale, inputs=2))
+    h = sum_over_tensor(project(mixed, w.o, adapters and adapters.o, lora_scale, axes=2))
     x = x + rms_norm(h, w.post_attention_norm, eps)
 
     h = copy_to_tensor(rms_norm(x, w.pre_mlp_norm, eps))

@@ -63,9 +63,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def linear(
-    x: jax.Array, weight: jax.Array, bias: jax.Array, adapter=None, scale: float = 0.0, *, inputs: int = 1
+    x: jax.Array, weight: jax.Array, bias: jax.Array, adapter=None, scale: float = 0.0, *, axes: int = 1
 ) -> jax.Array:
-    y = project(x, weight, adapter, scale, inputs=inputs)
+    y = project(x, weight, adapter, scale, axes=axes)
     return y + _last_axis(bias, y)
 
 
@@ -96,7 +96,7 @@ def vision_attention(
         return jnp.einsum("InS,ISne->Ine", weights, v)
 
     mixed = jnp.moveaxis(jax.lax.map(attend, jnp.moveaxis(q, 1, 0), batch_size=256), 0, 1)
-    return linear(mixed, w.out, w.out_bias, adapters and adapters.out, lora_scale, inputs=2)
+    return linear(mixed, w.out, w.out_bias, adapters and adapters.out, lora_scale, axes=2)
 
 
 def vision_mlp(

@@ -111,9 +111,8 @@ def draw(
 
 def draw_answers(answerer: Answerer, prompts: Sequence[Prompt], index: Sequence[int], room: Room) -> list[Answer]:
     """The answer to each prompt; see `draw`."""
-    drawn = draw(answerer, prompts, index, room)
-    ids, mask, finished = jax.device_get((drawn.completion_ids, drawn.completion_mask, drawn.finished))
-    rows = zip(ids[:, 0], mask[:, 0], finished[:, 0], strict=True)
+    drawn = jax.device_get(draw(answerer, prompts, index, room))
+    rows = zip(drawn.completion_ids[:, 0], drawn.completion_mask[:, 0], drawn.finished[:, 0], strict=True)
     answers = [Answer(answerer.tokenizer.decode(ids[mask]), bool(finished)) for ids, mask, finished in rows]
     return answers[: len(prompts)]
 

@@ -248,8 +248,9 @@ def print_plan(settings: Settings) -> None:
     """
     console = Console(width=118)
     chip_of(settings.plan)
-    # What was compiled for another machine's chips cannot be read back from the cache, and each try would warn.
-    jax.config.update("jax_enable_compilation_cache", False)
+    if settings.plan not in LOCAL:
+        # What was compiled for chips that are not here cannot be read back from the cache, and each try would warn.
+        jax.config.update("jax_enable_compilation_cache", False)
     settings = resolve_defaults(choose_backend(settings))
     config = model_config(settings.model)
     plan = compile_programs(console, make_job(settings, config), {})

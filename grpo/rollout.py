@@ -104,7 +104,7 @@ def roll_out(
     sampling: Sampling,
     on_token: OnToken | None = None,
 ) -> Rollout:
-    """Draw the completions of a step; `key` is the step's. See `sample`."""
+    """Draw G completions of each prompt; arguments as in `sample`, which holds the weights as they fit."""
     rows, prompt_length = prompts.ids.shape
     needed = decoding_bytes(
         params,

@@ -87,7 +87,14 @@ class Step:
             keep_pixels=self.settings.train_vision or (lora is not None and lora.vision is not None),
         )
 
-    def update(self, trainable: Trainable, opt_state, prompts: Prompts, completion_ids: jax.Array, batch: LossBatch):
+    def update(
+        self,
+        trainable: Trainable,
+        opt_state: optax.OptState,
+        prompts: Prompts,
+        completion_ids: jax.Array,
+        batch: LossBatch,
+    ) -> tuple[Trainable, optax.OptState, dict[str, jax.Array], jax.Array]:
         """`grpo.update.update` with this step's model, loss and optimizer."""
         return update(
             trainable,

@@ -297,7 +297,7 @@ def test_an_attention_layer_equals_hugging_face(layer):
     mixed = attend(
         q, [(KeyValues(by_head(k)[:, :, 0], by_head(v)[:, :, 0]), mask)], scale=config.query_scale, softcap=None
     )
-    assert_close(project(mixed, w.o, None, 0.0, inputs=2)[:, 0], theirs)
+    assert_close(project(mixed, w.o, None, 0.0, axes=2)[:, 0], theirs)
 
 
 @pytest.mark.parametrize("name", ["q", "k"])

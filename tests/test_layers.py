@@ -1,5 +1,6 @@
 """The small layers equal Hugging Face's modules of the same name, and numbers that can be checked by hand."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -116,9 +117,26 @@ def test_gated_mlp_equals_hugging_face():
 def test_a_projection_with_an_adapter_is_one_with_the_updated_weight(equation, inputs, outputs):
     x, w, a, b = normal(0, 11, 13, *inputs), normal(1, *inputs, *outputs), normal(2, *inputs, 3), normal(3, 3, *outputs)
     update = (a.reshape(-1, 3) @ b.reshape(3, -1)).reshape(w.shape)
-    ours = project(x, w, Adapter(a, b), 0.25, inputs=len(inputs))
+    ours = project(x, w, Adapter(a, b), 0.25, axes=len(inputs))
     assert_close(ours, np.einsum(equation, x, w + 0.25 * update), atol=2e-5)
-    assert_close(project(x, w, None, 0.25, inputs=len(inputs)), np.einsum(equation, x, w), atol=2e-5)
+    assert_close(project(x, w, None, 0.25, axes=len(inputs)), np.einsum(equation, x, w), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("equation", "inputs", "outputs"),
+    [("...D,DNH->...NH", (5,), (2, 3)), ("...NH,NHD->...D", (2, 3), (5,)), ("...D,DF->...F", (5,), (7,))],
+)
+def test_the_gradients_of_a_projection_are_those_of_the_updated_weight(equation, inputs, outputs):
+    """Of x and W as JAX differentiates einsum, and of A and B by the chain rule through W + scale * A · B."""
+    shapes = (11, 13, *inputs), (*inputs, *outputs), (*inputs, 3), (3, *outputs)
+    arrays = [normal(i, *shape) for i, shape in enumerate(shapes)]
+
+    def plain(x, w, a, b):
+        return jnp.einsum(equation, x, w + 0.25 * (a.reshape(-1, 3) @ b.reshape(3, -1)).reshape(w.shape))
+
+    ours, pull = jax.vjp(lambda x, w, a, b: project(x, w, Adapter(a, b), 0.25, axes=len(inputs)), *arrays)
+    g = normal(9, *ours.shape)
+    jax.tree.map(partial(assert_close, atol=1e-4), pull(g), jax.vjp(plain, *arrays)[1](g))
 
 
 def test_an_adapter_is_used_in_the_dtype_of_its_input():
