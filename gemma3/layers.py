@@ -46,20 +46,24 @@ def _product(x: jax.Array, w: jax.Array, axes: int) -> jax.Array:
     return jnp.tensordot(x, w, axes)
 
 
-def _product_forward(x: jax.Array, w: jax.Array, axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, w, axes), (x, w)
+def _product_forward(x, w, axes: int) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+    # Frozen weights have no gradient, and only theirs needs x.
+    return _product(x.value, w.value, axes), (x.value if w.perturbed else None, w.value)
 
 
-def _product_backward(axes: int, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(
+    axes: int, kept: tuple[jax.Array | None, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
     x, w = kept
-    tokens = list(range(x.ndim - axes))
     outputs = list(range(axes, w.ndim))
     of_x = jnp.tensordot(g, w, (list(range(-len(outputs), 0)), outputs))
-    of_w = jnp.tensordot(x, g, (tokens, tokens))
-    return of_x.astype(x.dtype), of_w.astype(w.dtype)
+    if x is None:
+        return of_x, None
+    tokens = list(range(x.ndim - axes))
+    return of_x, jnp.tensordot(x, g, (tokens, tokens))
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def project(x: jax.Array, weight: jax.Array, adapter, scale: float, *, axes: int = 1) -> jax.Array:
