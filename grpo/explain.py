@@ -135,10 +135,10 @@ def take_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
     rollout, mask = scored.rollout, scored.rollout.completion_mask
     advantages = group_advantages(scored.rewards)
     say("compiling what computes log-probs and gradients ...")
-    # The adapter starts as zero: the policy that sampled is the base model, so these are π_ref's log-probs as well.
     old_logps = log_probs(step, *policy(trainable, step.frozen, step.dtype), rollout)
+    ref_logps = log_probs(step, step.frozen, None, rollout)
     weights = token_weights(step.loss.loss_type, mask, max_completion_length=step.settings.max_completion_length)
-    batch = LossBatch(advantages, mask, weights, old_logps, ref_logps=old_logps)
+    batch = LossBatch(advantages, mask, weights, old_logps, ref_logps=ref_logps)
     logps, metrics = [], []
     for _ in range(step.settings.num_iterations):
         trainable, opt_state, of_one, before = step.update(
@@ -147,7 +147,7 @@ def take_step(step: Step, trainable: Trainable, opt_state, rows: Iterator[Row], 
         logps.append(before)
         metrics.append({name: float(value) for name, value in of_one.items()})
     logps.append(log_probs(step, *policy(trainable, step.frozen, step.dtype), rollout))
-    host = jax.device_get((rollout.completion_ids, mask, jnp.asarray(advantages), jnp.stack(logps), old_logps))
+    host = jax.device_get((rollout.completion_ids, mask, jnp.asarray(advantages), jnp.stack(logps), ref_logps))
     ids, mask, advantages, logps, ref_logps = host
     return Taken(step, scored, tried, alike, ids[0], mask[0], advantages[0], logps[:, 0], ref_logps[0], metrics)
 

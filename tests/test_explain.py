@@ -81,7 +81,7 @@ def test_the_log_probs_start_as_the_samplers_and_the_base_models(told):
     sampled = np.asarray(taken.scored.rollout.sampler_logps)[0]
     np.testing.assert_allclose(taken.logps[0][taken.mask], sampled[taken.mask], atol=1e-4)
     base = log_probs(taken.step, taken.step.frozen, None, taken.scored.rollout)
-    np.testing.assert_allclose(taken.ref_logps[taken.mask], np.asarray(base)[0][taken.mask], atol=1e-5)
+    np.testing.assert_allclose(taken.ref_logps[taken.mask], np.asarray(base)[0][taken.mask], atol=1e-6)
 
 
 def test_right_completions_grow_likelier_and_wrong_ones_less_likely(told):
