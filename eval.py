@@ -34,23 +34,23 @@ from data.prompt import messages
 from data.questions import built_in, load_questions
 from data.synthetic import synthetic
 from gemma3.config import NANO, Config
-from gemma3.config_json import read_config
-from gemma3.hub import resolve
+from gemma3.files.config_json import read_config
+from gemma3.files.hub import resolve
 from gemma3.image import MAX_CROPS, load_image, pan_and_scan
 from gemma3.lora import Lora
 from gemma3.mesh import check_mesh, keep_compiled, make_mesh, simulate_devices
 from gemma3.model import Params
 from gemma3.sample import Prompts, Sampling
 from gemma3.tokenizer import Tokenizer
-from grpo.cli import clean_errors, parse
-from grpo.eval_page import write_page
-from grpo.eval_settings import EvalSettings, Found, find_models, load_models, resolve_use
-from grpo.log import write_json
-from grpo.processes import exchange, held_rows, rows_on_host
+from grpo.pages.eval_page import write_page
 from grpo.rollout import Prompt, Row, place_prompts, roll_out, split_over_data
-from grpo.settings import Settings, mesh_shape, resolve_defaults
+from grpo.run.cli import clean_errors, parse
+from grpo.run.log import write_json
+from grpo.run.processes import exchange, held_rows, rows_on_host
+from grpo.run.settings import Settings, mesh_shape, resolve_defaults
 from grpo.update import score
-from grpo.use import use
+from grpo.use.eval_settings import EvalSettings, Found, find_models, load_models, resolve_use
+from grpo.use.use import use
 from reward import make_scorer
 from reward.format import format_reward
 from reward.mathvista import write_output, write_scores
@@ -76,7 +76,7 @@ class Reader:
 
     config: Config
     tokenizer: Tokenizer
-    wording: str  # one of grpo.settings.WORDINGS
+    wording: str  # one of grpo.run.settings.WORDINGS
     format: str  # a key of data.example.FORMATS
     pan_and_scan: bool = False
 

@@ -29,23 +29,24 @@ from data.mathvista import TRAINING_NOTICE
 from data.prompt import demonstration
 from data.synthetic import synthetic
 from eval import Reader, by_purpose, evaluate, given_logps, load_held_out, read_rows, that_fit
-from gemma3.adapter import load_adapter
 from gemma3.config import NANO, Config
-from gemma3.config_json import read_config
-from gemma3.hub import resolve
+from gemma3.files.adapter import load_adapter
+from gemma3.files.config_json import read_config
+from gemma3.files.hub import resolve
+from gemma3.files.tokenizer_training import train_tokenizer, write_hugging_face_files
+from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.lora import LoraConfig, init_lora
 from gemma3.mesh import check_mesh, keep_compiled, make_mesh, shardings, simulate_devices
 from gemma3.model import Params, init_params
 from gemma3.sample import choose_gather, decoding_bytes, device_memory, peak_memory
 from gemma3.tokenizer import Tokenizer
-from gemma3.tokenizer_training import train_tokenizer, write_hugging_face_files
-from gemma3.weights import load_checkpoint, save_checkpoint
-from grpo import checkpoint, report
-from grpo.cli import clean_errors, parse
-from grpo.log import RunLog, write_json
-from grpo.plan import print_plan
-from grpo.processes import agree, connect, exchange, is_first, on_any_process, stopping_together
-from grpo.settings import (
+from grpo.pages import report
+from grpo.plan.plan import print_plan
+from grpo.run import checkpoint
+from grpo.run.cli import clean_errors, parse
+from grpo.run.log import RunLog, write_json
+from grpo.run.processes import agree, connect, exchange, is_first, on_any_process, stopping_together
+from grpo.run.settings import (
     Settings,
     check_batch,
     described,
@@ -55,8 +56,8 @@ from grpo.settings import (
     spelled_out,
     stored_settings,
 )
+from grpo.run.trackers import tracker
 from grpo.step import Step, grpo_step, sft_step
-from grpo.trackers import tracker
 from grpo.update import Trainable, init_optimizer, make_optimizer, make_schedule, policy
 from reward import make_scorer
 from reward.report import is_right, preference_accuracy, spoken, summary

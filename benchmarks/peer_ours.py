@@ -11,13 +11,13 @@ import numpy as np
 
 from benchmarks import peer_job as common
 from benchmarks.peer_job import Job
-from gemma3.adapter import load_adapter, save_adapter
 from gemma3.config import CONFIGS, Config, VisionConfig
+from gemma3.files.adapter import load_adapter, save_adapter
+from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.lora import LoraConfig, init_lora
 from gemma3.mesh import make_mesh
 from gemma3.model import Params, init_params
 from gemma3.sample import Prompts, Sampling, encode, sample
-from gemma3.weights import load_checkpoint, save_checkpoint
 from grpo.algorithm import LossBatch, LossConfig, group_advantages, token_weights
 from grpo.rollout import split_over_data
 from grpo.update import init_optimizer, make_optimizer, score, update

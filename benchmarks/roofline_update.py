@@ -5,7 +5,7 @@
 
 The compiler counts the body of a loop once. So one layer is compiled, forward and backward, prompts and completions,
 and one chunk of logits, each as it stands in the update's loops, and multiplied by how often these turn. The least is
-`grpo.costs.update_flops`. What the whole update holds in memory `train.py --plan` says.
+`grpo.plan.costs.update_flops`. What the whole update holds in memory `train.py --plan` says.
 """
 
 import os
@@ -28,10 +28,10 @@ from gemma3.lora import Lora
 from gemma3.mesh import DATA, TENSOR, partition_specs, simulate_devices, sum_over_data
 from gemma3.model import logit_chunks, logits_of, token_stats
 from gemma3.transformer import Block, extend, prefill
-from grpo.costs import update_flops
-from grpo.plan import choose_backend, make_job
-from grpo.programs import Job, abstract_state, optimizer_of
-from grpo.settings import Settings, check_batch, model_config, resolve_defaults
+from grpo.plan.costs import update_flops
+from grpo.plan.plan import choose_backend, make_job
+from grpo.plan.programs import Job, abstract_state, optimizer_of
+from grpo.run.settings import Settings, check_batch, model_config, resolve_defaults
 
 
 class Cost(NamedTuple):

@@ -14,9 +14,9 @@ Shapes are written with one alphabet everywhere:
     h, w, c  pixel height, width, channels   B  rows of a plain batch
 """
 
+from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.image import load_image
 from gemma3.model import forward
 from gemma3.tokenizer import Tokenizer
-from gemma3.weights import load_checkpoint, save_checkpoint
 
 __all__ = ["Tokenizer", "forward", "load_checkpoint", "load_image", "save_checkpoint"]

@@ -32,9 +32,9 @@ from grpo.algorithm import (
     token_weights,
     zero_std_groups,
 )
-from grpo.processes import exchange, held_rows, on_any_process, rows_on_host
 from grpo.rollout import Rollout, Row, place_prompts, roll_out, split_over_data, take_rows
-from grpo.settings import Settings
+from grpo.run.processes import exchange, held_rows, on_any_process, rows_on_host
+from grpo.run.settings import Settings
 from grpo.update import Trainable, policy, score, update
 
 # Of so many prompts of a step samples.jsonl holds every token, and the pictures are kept: there to be looked at.

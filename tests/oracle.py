@@ -16,10 +16,10 @@ import torch
 from tiny_models import IMAGE_ID, tiny_gemma2_config, tiny_model, tiny_multimodal_config, tiny_text_config
 
 from gemma3.config import Config
+from gemma3.files.weights import load_checkpoint
 from gemma3.lora import Lora, LoraBlock, LoraConfig, LoraVisionBlock, init_lora
 from gemma3.mesh import make_mesh, partition_specs
 from gemma3.model import Params
-from gemma3.weights import load_checkpoint
 
 torch.set_num_threads(1)
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_weights import logits_of_transformers, prompt
 from tiny_models import tiny_model, tiny_multimodal_config, tiny_text_config
 
-from gemma3.adapter import load_adapter, save_adapter
 from gemma3.config import NANO
+from gemma3.files.adapter import load_adapter, save_adapter
+from gemma3.files.weights import load_checkpoint
 from gemma3.lora import LoraConfig, init_lora
 from gemma3.mesh import make_mesh, shardings
 from gemma3.model import forward
-from gemma3.weights import load_checkpoint
 
 torch.set_num_threads(1)
 CONFIGURATIONS = {"text": tiny_text_config, "multimodal": tiny_multimodal_config}

@@ -26,14 +26,15 @@ from data.example import FORMATS, Example
 from data.prompt import messages
 from data.synthetic import draw as draw_dots
 from gemma3.config import NANO, layer_pattern
-from gemma3.hub import resolve
+from gemma3.files.hub import resolve
 from gemma3.image import load_image
 from gemma3.mesh import make_mesh
 from gemma3.model import init_params
 from gemma3.sample import Sampling, sample
 from gemma3.tokenizer import Tokenizer
-from grpo import chat as chatting
-from grpo.chat import (
+from grpo.rollout import Prompt
+from grpo.use import chat as chatting
+from grpo.use.chat import (
     Answerer,
     Listener,
     apart,
@@ -46,7 +47,6 @@ from grpo.chat import (
     show,
     spelled,
 )
-from grpo.rollout import Prompt
 from reward.format import read_answer, read_reasoning
 
 TAGS = FORMATS["answer"]
@@ -389,7 +389,7 @@ class Terminal:
 def test_a_person_can_talk_to_the_model_in_a_terminal(tmp_path):
     """The embedded model counts right here; its picture is drawn, and its tokens come one by one."""
     (tmp_path / "dots.png").write_bytes(draw_dots(1, 2, Random(0)))
-    terminal = Terminal(str(Path(chatting.__file__).parents[1] / "eval.py"), "--chat")
+    terminal = Terminal(str(Path(chatting.__file__).parents[2] / "eval.py"), "--chat")
     try:
         assert "nano, greedy: temperature 0" in terminal.until("> $")
         terminal.type(f"/image {tmp_path}/dots.png\r")

@@ -16,14 +16,14 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from gemma3.adapter import load_adapter
 from gemma3.config import NANO
+from gemma3.files.adapter import load_adapter
+from gemma3.files.weights import load_checkpoint
 from gemma3.lora import LoraConfig, init_lora
 from gemma3.mesh import make_mesh, partition_specs
 from gemma3.model import Params, param_shapes
-from gemma3.weights import load_checkpoint
-from grpo import checkpoint
-from grpo.checkpoint import restore, save, steps
+from grpo.run import checkpoint
+from grpo.run.checkpoint import restore, save, steps
 
 CONFIG = replace(NANO, num_layers=2, layer_types=NANO.layer_types[-2:], hidden_size=32, intermediate_size=24)
 # alpha / sqrt(3) has no short decimal.
@@ -233,7 +233,7 @@ def save_forever(run: Path, state, ready) -> None:
 def processes():
     """Processes that start in milliseconds: forked from one that has imported this code and does nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grpo.checkpoint", "pytest"])
+    context.set_forkserver_preload(["grpo.run.checkpoint", "pytest"])
     return context
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo.cli import clean_errors, fail, flag, parse
+from grpo.run.cli import clean_errors, fail, flag, parse
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import pytest
 from data import NAMES
 from gemma3.config import CONFIGS
 from gemma3.mesh import check_mesh, make_mesh
-from grpo.cli import parse
-from grpo.settings import Settings, check_batch, loss_config, mesh_shape, resolve_defaults
+from grpo.run.cli import parse
+from grpo.run.settings import Settings, check_batch, loss_config, mesh_shape, resolve_defaults
 from reward import make_scorer
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))

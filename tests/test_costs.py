@@ -13,10 +13,10 @@ from gemma3.lora import LoraConfig
 from gemma3.mesh import make_mesh
 from gemma3.model import param_shapes
 from gemma3.sample import encode
-from grpo import costs
-from grpo.costs import CHIPS, Work, estimate
-from grpo.programs import Job, abstract_state, optimizer_of, update_program
-from grpo.settings import Settings, resolve_defaults
+from grpo.plan import costs
+from grpo.plan.costs import CHIPS, Work, estimate
+from grpo.plan.programs import Job, abstract_state, optimizer_of, update_program
+from grpo.run.settings import Settings, resolve_defaults
 
 # Sizes without a common factor. A window longer than any sequence hides nothing but what comes later.
 CONFIG = replace(NANO, num_layers=3, layer_types=layer_pattern(3, 3), sliding_window=64, vocab_size=446, vision=None)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo import diagnosis
-from grpo.diagnosis import diagnose
-from grpo.settings import Settings
+from grpo.pages import diagnosis
+from grpo.pages.diagnosis import diagnose
+from grpo.run.settings import Settings
 
 GAP = "sampling/sampling_logp_difference"
 

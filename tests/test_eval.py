@@ -21,13 +21,13 @@ from transformers import AutoModelForImageTextToText
 import eval as evaluation
 from data.example import Example
 from data.synthetic import synthetic
-from gemma3.adapter import save_adapter
 from gemma3.config import NANO
+from gemma3.files.adapter import save_adapter
+from gemma3.files.weights import load_checkpoint
 from gemma3.lora import LoraConfig, init_lora
 from gemma3.mesh import make_mesh
 from gemma3.tokenizer import Tokenizer
-from gemma3.weights import load_checkpoint
-from grpo.eval_settings import EvalSettings
+from grpo.use.eval_settings import EvalSettings
 from train import new_nano
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data.example import Example
-from grpo.eval_page import bars, chosen, write_page
+from grpo.pages.eval_page import bars, chosen, write_page
 
 NASTY = '<script>alert("x")</script> & </pre><b>'
 FIGURES = {

@@ -8,7 +8,7 @@ import pytest
 
 from gemma3.config import CONFIGS, NANO
 from gemma3.sample import Sampling
-from grpo.eval_settings import STRATEGIES, EvalSettings, find_models, resolve_use
+from grpo.use.eval_settings import STRATEGIES, EvalSettings, find_models, resolve_use
 
 
 def make_run(path, trained: str | None, config: bool = True):

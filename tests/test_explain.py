@@ -1,4 +1,4 @@
-"""grpo.explain: what the story says is what training computes, in the terminal and on the page."""
+"""grpo.pages.explain: what the story says is what training computes, in the terminal and on the page."""
 
 import re
 import subprocess
@@ -10,9 +10,9 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 
-from grpo import explain
 from grpo.algorithm import group_advantages
-from grpo.settings import Settings
+from grpo.pages import explain
+from grpo.run.settings import Settings
 from grpo.step import log_probs
 
 PROJECT = Path(__file__).parents[1]
@@ -184,7 +184,7 @@ def test_the_settings_said_to_differ_are_those_that_do(told):
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_compiled(flags, says):
-    command = [sys.executable, "-m", "grpo.explain", *flags]
+    command = [sys.executable, "-m", "grpo.pages.explain", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""What gemma3.export writes gives our logits and completions in transformers and peft, and replaces nothing else."""
+"""What export.py writes gives our logits and completions in transformers and peft, and replaces nothing else."""
 
 import io
 import json
@@ -27,15 +27,15 @@ from transformers import (
 
 import eval as evaluation
 from data.synthetic import synthetic
-from gemma3.adapter import save_adapter
-from gemma3.export import main
-from gemma3.hub import NANO_DIRECTORY
+from gemma3.files.adapter import save_adapter
+from gemma3.files.export import main
+from gemma3.files.hub import NANO_DIRECTORY
+from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.lora import merge
 from gemma3.mesh import make_mesh
 from gemma3.model import forward
 from gemma3.tokenizer import Tokenizer
-from gemma3.weights import load_checkpoint, save_checkpoint
-from grpo import checkpoint
+from grpo.run import checkpoint
 
 torch.set_num_threads(1)
 
@@ -257,7 +257,7 @@ def test_nothing_but_an_earlier_export_is_replaced(text, tmp_path, capsys):
 
 
 def test_on_the_command_line_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "gemma3.export", str(tmp_path), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "gemma3.files.export", str(tmp_path), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=NANO_DIRECTORY.parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path} holds no adapter") and done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from gemma3.hub import NANO_DIRECTORY, files_beside_weights, resolve
+from gemma3.files.hub import NANO_DIRECTORY, files_beside_weights, resolve
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
 

@@ -17,7 +17,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
     apply_rotary_pos_emb,
 )
 
-from gemma3.config_json import config_from_dict
+from gemma3.files.config_json import config_from_dict
 from gemma3.layers import gated_mlp, project, rms_norm, rope
 from gemma3.lora import Adapter
 from gemma3.transformer import layer_kinds

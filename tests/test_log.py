@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo import log
-from grpo.log import RunLog, write_json
+from grpo.run import log
+from grpo.run.log import RunLog, write_json
 
 STEP = {
     "reward": 0.5,
@@ -177,7 +177,7 @@ def test_clock(seconds, text):
 def in_a_terminal(tmp_path: Path, **environment: str) -> str:
     """What RunLog writes to a real pseudo-terminal, control sequences included."""
     code = (
-        "import pathlib, sys, time; from grpo.log import RunLog\n"
+        "import pathlib, sys, time; from grpo.run.log import RunLog\n"
         "with RunLog(pathlib.Path(sys.argv[1]), 3, resume_step=None) as run:\n"
         "    run.say('hello [bold]')\n"
         "    for step in (1, 2, 3):\n"

@@ -19,10 +19,10 @@ import train
 from eval import read_rows
 from gemma3.config import CONFIGS, NANO, layer_pattern
 from gemma3.mesh import make_mesh
-from grpo import plan
-from grpo.plan import chip_of, choose_backend, compile_programs, find_fitting, make_job, print_plan, verdict
-from grpo.programs import Job, Memory, Program, State, abstract_state, programs
-from grpo.settings import Settings, resolve_defaults
+from grpo.plan import plan
+from grpo.plan.plan import chip_of, choose_backend, compile_programs, find_fitting, make_job, print_plan, verdict
+from grpo.plan.programs import Job, Memory, Program, State, abstract_state, programs
+from grpo.run.settings import Settings, resolve_defaults
 from grpo.step import grpo_step, sft_step
 
 GIB = 2**30

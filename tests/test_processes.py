@@ -20,10 +20,10 @@ from oracle import assert_same_samples
 from test_train import REWARD, lines, metrics
 
 from gemma3.mesh import make_mesh
-from grpo import processes
-from grpo.processes import agree, connect, exchange, held_rows, rows_on_host, to_first
 from grpo.rollout import split_over_data
-from grpo.settings import Settings
+from grpo.run import processes
+from grpo.run.processes import agree, connect, exchange, held_rows, rows_on_host, to_first
+from grpo.run.settings import Settings
 
 PROJECT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 4, 2

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from grpo import report
-from grpo.cli import clean_errors, parse
-from grpo.log import RunLog, write_json
-from grpo.report import Place, choose
-from grpo.settings import Settings
+from grpo.pages import report
+from grpo.pages.report import Place, choose
+from grpo.run.cli import clean_errors, parse
+from grpo.run.log import RunLog, write_json
+from grpo.run.settings import Settings
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 HOSTILE = "</script><script>document.title = 'owned'</script><b>&amp;"
@@ -142,7 +142,7 @@ def test_what_was_logged_is_plotted_and_nothing_else(path):
 
 
 def test_every_metric_that_is_plotted_is_logged():
-    root = Path(report.__file__).parents[1]
+    root = Path(report.__file__).parents[2]
     sources = [path for path in (root / "grpo").glob("*.py") if path.name not in ("report.py", "diagnosis.py")]
     logged = "".join(path.read_text(encoding="utf-8") for path in [root / "train.py", *sources])
     for panel in report._CURVES:
@@ -336,12 +336,12 @@ def test_a_bad_path_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, sen
 def test_as_a_program_it_names_its_page_and_plots_without_global_state(tmp_path):
     run = make_run(tmp_path / "run")
     code = (
-        "import sys, grpo.report as report\n"
+        "import sys, grpo.pages.report as report\n"
         "assert 'matplotlib' not in sys.modules\n"  # it costs a second
         "report.main(sys.argv[1:])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    root = Path(report.__file__).parents[1]
+    root = Path(report.__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, cwd=root)
     assert ended.stdout.splitlines() == [str(run / "report.html")], ended.stderr
 

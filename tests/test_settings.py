@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemma3.mesh import make_mesh
-from grpo.settings import (
+from grpo.run.settings import (
     LEAST,
     NANO_LEARNING_RATES,
     Settings,

@@ -26,7 +26,7 @@ from gemma3.model import Params, init_params
 from gemma3.tokenizer import Tokenizer
 from grpo.algorithm import group_advantages, leave_one_out_advantages
 from grpo.rollout import Prompt, Row
-from grpo.settings import Settings, check_batch, loss_config, mesh_shape, resolve_defaults
+from grpo.run.settings import Settings, check_batch, loss_config, mesh_shape, resolve_defaults
 from grpo.step import (
     Scored,
     Step,

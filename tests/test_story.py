@@ -1,4 +1,4 @@
-"""grpo.story: every kind of block, in the terminal and on the page."""
+"""grpo.pages.story: every kind of block, in the terminal and on the page."""
 
 import io
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from grpo import story
-from grpo.page import Cell
+from grpo.pages import story
+from grpo.pages.page import Cell
 from grpo.update import update
 
 PROJECT = Path(__file__).parents[1]

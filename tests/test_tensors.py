@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gemma3 import tensors
-from gemma3.tensors import (
+from gemma3.files import tensors
+from gemma3.files.tensors import (
     Unwritten,
     list_tensors,
     place,

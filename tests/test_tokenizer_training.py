@@ -17,9 +17,9 @@ from transformers import AutoProcessor, AutoTokenizer
 from data.prompt import demonstration, question_text
 from data.synthetic import synthetic
 from gemma3.config import NANO
+from gemma3.files.tokenizer_training import CONTROL, train_tokenizer, write_hugging_face_files
 from gemma3.image import load_image
 from gemma3.tokenizer import Tokenizer
-from gemma3.tokenizer_training import CONTROL, train_tokenizer, write_hugging_face_files
 
 TASK_TEXTS = [text for e in synthetic("train", 999, 3) for text in (question_text(e), demonstration(e))]
 TEXTS = {"task": TASK_TEXTS, "mixed": CORPUS}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo.trackers import TRACKERS, tracker
+from grpo.run.trackers import TRACKERS, tracker
 
 METRICS = {"reward": 0.25, "rewards/format/mean": 1.5, "kl": float("nan")}
 

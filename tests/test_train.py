@@ -31,15 +31,15 @@ from data.example import Example
 from data.mathvista import TRAINING_NOTICE
 from data.synthetic import synthetic
 from eval import Reader
-from gemma3.adapter import load_adapter
-from gemma3.config_json import read_config
-from gemma3.hub import NANO_DIRECTORY
+from gemma3.files.adapter import load_adapter
+from gemma3.files.config_json import read_config
+from gemma3.files.hub import NANO_DIRECTORY
+from gemma3.files.weights import load_checkpoint
 from gemma3.model import forward
 from gemma3.tokenizer import Tokenizer
-from gemma3.weights import load_checkpoint
-from grpo import checkpoint
-from grpo.cli import clean_errors
-from grpo.log import RunLog
+from grpo.run import checkpoint
+from grpo.run.cli import clean_errors
+from grpo.run.log import RunLog
 
 torch.set_num_threads(1)
 PROJECT = Path(__file__).parents[1]

@@ -32,8 +32,8 @@ from test_algorithm import make_trl_trainer, trl_advantages
 from tiny_models import IMAGE_ID, tiny_multimodal_config, tiny_text_config
 from trl.trainer.utils import add_fused_lm_head
 
-from gemma3.adapter import load_adapter, save_adapter
 from gemma3.config import Config
+from gemma3.files.adapter import load_adapter, save_adapter
 from gemma3.lora import Lora
 from gemma3.mesh import make_mesh, on_one_device, shardings
 from gemma3.model import Params, completion_stats, encode_images, pack_images

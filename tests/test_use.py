@@ -15,11 +15,11 @@ from rich.console import Console
 from test_chat import answerer_on, asked
 
 import eval as evaluation
-import grpo.use
+import grpo.use.use
 from data.example import FORMATS, Example
 from gemma3.sample import Sampling
-from grpo.chat import room_for
-from grpo.use import answer_examples, answer_file
+from grpo.use.chat import room_for
+from grpo.use.use import answer_examples, answer_file
 
 TAGS = FORMATS["answer"]
 EXAMPLES = [Example(str(i), f"What is {i} + {i}?", str(2 * i)) for i in range(5)]
@@ -90,9 +90,9 @@ def test_examples_are_shown_with_their_verdicts_by_every_strategy(answerer, monk
 
     def drawn(answerer, prompts, index, room):
         assert len(prompts) == 2 and list(index) == [0, 1]
-        return [grpo.use.Answer(text, text.startswith("<")) for text in texts[answerer.sampling.temperature]]
+        return [grpo.use.use.Answer(text, text.startswith("<")) for text in texts[answerer.sampling.temperature]]
 
-    monkeypatch.setattr(grpo.use, "draw_answers", drawn)
+    monkeypatch.setattr(grpo.use.use, "draw_answers", drawn)
     console = Console(file=io.StringIO(), width=60)
     answer_examples(
         console,
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_with_a_sentence_and_130(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     (tmp_path / "q.txt").write_text("2+2?\n")
-    monkeypatch.setattr(grpo.use, "answer_file", interrupted)
+    monkeypatch.setattr(grpo.use.use, "answer_file", interrupted)
     with pytest.raises(SystemExit, match="130"):
         evaluation.main(["--batch", str(tmp_path / "q.txt")])
     assert capsys.readouterr().out == "\nstopped; the same command goes on from here\n"

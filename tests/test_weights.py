@@ -26,9 +26,9 @@ from tiny_models import (
 )
 
 from gemma3.config import CONFIGS, NANO, layer_pattern
+from gemma3.files.weights import NAMES, common_name, field_path, load_checkpoint, save_checkpoint
 from gemma3.mesh import make_mesh, shardings
 from gemma3.model import forward, param_shapes
-from gemma3.weights import NAMES, common_name, field_path, load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
 CONFIGURATIONS = {"text": tiny_text_config, "multimodal": tiny_multimodal_config, "gemma2": tiny_gemma2_config}
@@ -290,7 +290,7 @@ def test_common_names_are_their_own_common_names():
 # VmHWM, since a child's ru_maxrss starts at its parent's.
 MEASURE = """
 import re, sys, jax, jax.numpy as jnp
-from gemma3.weights import load_checkpoint
+from gemma3.files.weights import load_checkpoint
 jax.block_until_ready(jnp.ones(3) + 1)
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
@@ -316,7 +316,7 @@ def test_loading_takes_a_quarter_more_memory_than_the_parameters_at_most(tmp_pat
 MEASURE_HALF = """
 import re, sys, jax, jax.numpy as jnp
 from gemma3.mesh import make_mesh
-from gemma3.weights import load_checkpoint
+from gemma3.files.weights import load_checkpoint
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
 mesh = make_mesh(2, 4)
 jax.block_until_ready(jnp.ones(3) + 1)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 Settings = TypeVar("Settings")
 
-_PROJECT = Path(__file__).resolve().parents[1]
+_PROJECT = Path(__file__).resolve().parents[2]
 
 # The types a field may have: how --help writes a value, and how an error says what was expected.
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "A,B"}

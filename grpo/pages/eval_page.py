@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma3.image import load_image
-from grpo.page import page, picture
+from grpo.pages.page import page, picture
 
 MOST_EXAMPLES = 200
 _MOST_RIGHT = 50  # of these, where there are more wrong ones than fit

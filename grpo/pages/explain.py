@@ -1,6 +1,6 @@
 """One real GRPO step on the embedded nano model, told as a story: in the terminal, and as a page.
 
-    python -m grpo.explain [--page explain.html] [--seed N]
+    python -m grpo.pages.explain [--page explain.html] [--seed N]
 
 Every number is what the functions of training return, and each chapter names the line that computes it. The model, the
 dataset and the reward are those of train.py, whose `prepare` is imported in `main` only: beneath it this file knows, as
@@ -32,12 +32,12 @@ from grpo.algorithm import (
     token_weights,
     zero_std_groups,
 )
-from grpo.cli import clean_errors, flag, parse
-from grpo.page import Cell, write_page
+from grpo.pages.page import Cell, write_page
+from grpo.pages.story import Chapter, Code, Formula, Picture, Plot, Table, Tokens, as_page, show
 from grpo.rollout import Row
-from grpo.settings import Settings, resolve_defaults
+from grpo.run.cli import clean_errors, flag, parse
+from grpo.run.settings import Settings, resolve_defaults
 from grpo.step import Scored, Step, collect, judge_rollout, log_probs
-from grpo.story import Chapter, Code, Formula, Picture, Plot, Table, Tokens, as_page, show
 from grpo.update import Trainable, loss_and_grad, policy, score, update
 
 TITLE = "One step of GRPO, told with its own numbers"
@@ -564,7 +564,7 @@ def tell(taken: Taken) -> list[Chapter]:
 
 
 def main() -> None:
-    flags = parse(ExplainSettings, prog="python -m grpo.explain", description=__doc__.splitlines()[0])
+    flags = parse(ExplainSettings, prog="python -m grpo.pages.explain", description=__doc__.splitlines()[0])
     if flags.page and not flags.page.absolute().parent.is_dir():
         raise ValueError(f"--page {flags.page}: there is no directory {flags.page.parent}; make it first")
     # The one import from above: it brings the dataset and the reward.
@@ -583,7 +583,7 @@ def main() -> None:
         write_page(flags.page, as_page(TITLE, story))
         console.print(f"The same as a page, with plots and the code: {flags.page}")
     else:
-        console.print("As a page, with plots and the code: python -m grpo.explain --page explain.html")
+        console.print("As a page, with plots and the code: python -m grpo.pages.explain --page explain.html")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from rich.theme import Theme
 
-from grpo.processes import is_first
-from grpo.trackers import Track
+from grpo.run.processes import is_first
+from grpo.run.trackers import Track
 
 # Columns of the terminal's table: heading, metric, format. Those whose metric a run does not have are left out.
 COLUMNS = (

@@ -18,13 +18,13 @@ import jax
 from jax.sharding import Mesh
 
 from gemma3.config import CONFIGS, NANO, Config
-from gemma3.config_json import read_config
-from gemma3.hub import resolve
+from gemma3.files.config_json import read_config
+from gemma3.files.hub import resolve
 from gemma3.lora import TARGETS
 from gemma3.mesh import DATA
 from grpo.algorithm import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES, SCALE_REWARDS, LossConfig
-from grpo.cli import flag
-from grpo.trackers import TRACKERS
+from grpo.run.cli import flag
+from grpo.run.trackers import TRACKERS
 
 WORDINGS = ("instructed", "role", "hint", "query", "bare")
 # Found for the nano model on the embedded task: an adapter, and all weights.

@@ -18,10 +18,10 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from grpo import page
-from grpo.page import Cell
+from grpo.pages import page
+from grpo.pages.page import Cell
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 class Formula(NamedTuple):

@@ -24,14 +24,14 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from gemma3.adapter import load_adapter, save_adapter
 from gemma3.config import Config
-from gemma3.hub import files_beside_weights
+from gemma3.files.adapter import load_adapter, save_adapter
+from gemma3.files.hub import files_beside_weights
+from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.lora import Lora
 from gemma3.model import Params
 from gemma3.vision import Vision
-from gemma3.weights import load_checkpoint, save_checkpoint
-from grpo.processes import is_first, to_first
+from grpo.run.processes import is_first, to_first
 from grpo.update import Trainable
 
 FORMAT = 1  # of state/; raised by a change that older code could not read

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from gemma3.config import Config
+from gemma3.files.tensors import list_tensors, replaced_directory, stored_shape, to_stored, write_json
+from gemma3.files.weights import NAMES, axis_sizes, check_tensors, common_name, load_tree, tensors_of
 from gemma3.lora import TARGETS, VISION_TARGETS, Lora, lora_shapes
-from gemma3.tensors import list_tensors, replaced_directory, stored_shape, to_stored, write_json
-from gemma3.weights import NAMES, axis_sizes, check_tensors, common_name, load_tree, tensors_of
 
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"

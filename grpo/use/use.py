@@ -19,7 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from gemma3.sample import Sampling
-from grpo.chat import (
+from grpo.rollout import Prompt
+from grpo.run.log import write_json
+from grpo.use.chat import (
     Answer,
     Answerer,
     Room,
@@ -35,9 +37,7 @@ from grpo.chat import (
     show_picture,
     spelled,
 )
-from grpo.eval_settings import EvalSettings, Found, load_models
-from grpo.log import write_json
-from grpo.rollout import Prompt
+from grpo.use.eval_settings import EvalSettings, Found, load_models
 
 Reader = Callable[[Any], Prompt]
 

@@ -19,11 +19,9 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from rich.progress import Progress
 
 from gemma3.config import Config
-from gemma3.config_json import config_to_dict, read_config
-from gemma3.hub import resolve
-from gemma3.mesh import shardings
-from gemma3.model import Params, param_shapes
-from gemma3.tensors import (
+from gemma3.files.config_json import config_to_dict, read_config
+from gemma3.files.hub import resolve
+from gemma3.files.tensors import (
     Stored,
     Unwritten,
     list_tensors,
@@ -36,6 +34,8 @@ from gemma3.tensors import (
     write_json,
     write_tensors,
 )
+from gemma3.mesh import shardings
+from gemma3.model import Params, param_shapes
 
 # Our field: Hugging Face's name, "{}" being the layer, and how the file's axes become ours. Linear layers are stored
 # (out, in), but the projector, a bare parameter, (in, out).

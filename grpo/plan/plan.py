@@ -16,8 +16,8 @@ from rich.table import Table
 from gemma3.config import Config
 from gemma3.mesh import DATA, TENSOR, check_mesh, make_mesh, topology_mesh
 from gemma3.sample import device_memory
-from grpo.costs import CHIPS, Chip, caches_bytes, estimate, joined_bytes, update_flops
-from grpo.programs import (
+from grpo.plan.costs import CHIPS, Chip, caches_bytes, estimate, joined_bytes, update_flops
+from grpo.plan.programs import (
     Job,
     Memory,
     State,
@@ -29,7 +29,7 @@ from grpo.programs import (
     programs,
     state_bytes,
 )
-from grpo.settings import Settings, check_batch, loss_config, mesh_shape, model_config, resolve_defaults
+from grpo.run.settings import Settings, check_batch, loss_config, mesh_shape, model_config, resolve_defaults
 
 LOCAL = ("cpu", "gpu")  # the devices that are here
 EXAMPLES = "v5e:2x4, v5e:16x16, v5p:2x2x1 or v6e:2x4 (or cpu or gpu, for the devices that are here)"

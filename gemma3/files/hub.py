@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-NANO_DIRECTORY = Path(__file__).parent / "nano"
+NANO_DIRECTORY = Path(__file__).parents[1] / "nano"
 
 # The tokenizer is read from tokenizer.model; the others go along with a model that is written again.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template*")

@@ -1,7 +1,7 @@
 """The page of a run, RUN/report.html: curves, settings, samples to look at, and why the reward is flat.
 
-    python -m grpo.report RUN              # rebuild it
-    python -m grpo.report RUN RUN --out compare.html
+    python -m grpo.pages.report RUN              # rebuild it
+    python -m grpo.pages.report RUN RUN --out compare.html
 
 It is made of what the run directory holds: config.json, metrics.jsonl, samples.jsonl with pictures/, summary.json.
 """
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo import page
-from grpo.cli import clean_errors
-from grpo.diagnosis import Finding, diagnose, end
-from grpo.settings import Settings
+from grpo.pages import page
+from grpo.pages.diagnosis import Finding, diagnose, end
+from grpo.run.cli import clean_errors
+from grpo.run.settings import Settings
 
 MOST_GROUPS = 40  # that a page shows
 MOST_BYTES = 3_000_000  # that they may fill
@@ -573,7 +573,9 @@ def compare(paths: Sequence[Path], out: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m grpo.report", description="Rebuild a run's page, or compare runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo.pages.report", description="Rebuild a run's page, or compare runs."
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     help = "the page to write (default RUN/report.html; of several runs compare.html)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=help)

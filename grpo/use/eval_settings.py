@@ -10,14 +10,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma3.adapter import load_adapter
 from gemma3.config import Config
+from gemma3.files.adapter import load_adapter
+from gemma3.files.weights import load_checkpoint
 from gemma3.lora import Lora
 from gemma3.model import Params
 from gemma3.sample import Sampling
-from gemma3.weights import load_checkpoint
-from grpo.cli import flag
-from grpo.settings import WORDINGS, Settings, resolve_defaults
+from grpo.run.cli import flag
+from grpo.run.settings import WORDINGS, Settings, resolve_defaults
 
 STRATEGIES = {
     "greedy": Sampling(temperature=0.0),

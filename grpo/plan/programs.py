@@ -23,8 +23,8 @@ from gemma3.mesh import DATA, shardings
 from gemma3.model import Params, param_shapes
 from gemma3.sample import Prompts, Sampling, choose_gather, decoding_bytes, encode, sample
 from grpo.algorithm import LossBatch
-from grpo.costs import Work, device_bytes
-from grpo.settings import Settings, check_batch, loss_config
+from grpo.plan.costs import Work, device_bytes
+from grpo.run.settings import Settings, check_batch, loss_config
 from grpo.update import Trainable, make_optimizer, make_schedule, policy, update
 
 

@@ -1,6 +1,6 @@
 """A trained model for other programs: Hugging Face weights with the adapter merged in, or the adapter by itself.
 
-    python -m gemma3.export RUN --out DIR [--adapter-only] [--model BASE] [--dtype bfloat16]
+    python -m gemma3.files.export RUN --out DIR [--adapter-only] [--model BASE] [--dtype bfloat16]
 
 Rests on `weights`, `adapter` and `lora.merge`. It works in host memory, which must hold the model once and a part of it
 again: one stacked weight, at most a quarter of the model, while merging, and then 5 GB, one file, while writing.
@@ -16,11 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma3.adapter import load_adapter
-from gemma3.hub import files_beside_weights, resolve
+from gemma3.files.adapter import load_adapter
+from gemma3.files.hub import files_beside_weights, resolve
+from gemma3.files.tensors import replaced_directory, write_json
+from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.lora import merge
-from gemma3.tensors import replaced_directory, write_json
-from gemma3.weights import load_checkpoint, save_checkpoint
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -108,7 +108,7 @@ def export_adapter(source: Source, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gemma3.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m gemma3.files.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", type=Path, help="run of train.py or a checkpoint of it, adapter or model")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="directory to write")
     parser.add_argument("--adapter-only", action="store_true", help="write the PEFT adapter without the model")

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma3.mesh import DATA
-from grpo.settings import Settings
+from grpo.run.settings import Settings
 
 # A process that is gone without its connections being closed, its machine having failed, is missed after so long.
 _HEARTBEAT_SECONDS = 60
