@@ -1,4 +1,4 @@
-"""What `peers.py` measures of gemma (google-deepmind's library, in flax): its sampler, on text."""
+"""The worker of `peers.py` for gemma (google-deepmind's library, in flax): its sampler, on text."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from benchmarks import peer_job as common
 from benchmarks.peer_job import Job
 
-NO_ID = -1  # as the stop tokens: every completion runs to its full length
+NO_ID = -1  # used as the stop tokens, so that every completion runs to its full length
 ATTENTION = {
     "sliding_attention": gm.nn.AttentionType.LOCAL_SLIDING,
     "full_attention": gm.nn.AttentionType.GLOBAL,
@@ -20,7 +20,7 @@ ATTENTION = {
 
 
 class Words:
-    """`peer_job.words` as the tokenizer that the sampler asks for."""
+    """The tokenizer that the sampler asks for; its text is that of `peer_job.words`."""
 
     VERSION, FORBIDDEN_TOKENS = None, ()
 
@@ -64,7 +64,7 @@ def load_params(job: Job, config: gm.nn.config.TransformerConfig) -> dict:
         return jnp.asarray(stored.get_tensor(f"model.{name}.weight"), job.dtype)
 
     def norm(name: str) -> dict[str, jax.Array]:
-        return {"scale": tensor(name)}  # added to one, there as in the library
+        return {"scale": tensor(name)}  # the library adds it to 1, as transformers does
 
     def heads(name: str) -> jax.Array:
         """(N H) D -> N D H"""
@@ -100,7 +100,7 @@ def memory(job: Job) -> int | None:
 
 
 def sampling(job: Job) -> None:
-    """Each prompt is repeated G times, having no groups; <bos> is the sampler's to add."""
+    """The sampler has no groups, so each prompt is repeated G times; it adds <bos> itself."""
     batch, model = common.load_batch(job), load_model(job)
     sampler = gm.text.Sampler(
         model=model,

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-# One optimizer step, alike in every system: AdamW after clipping by the global norm.
+# One update, the same in every system: AdamW after clipping by the global norm.
 LEARNING_RATE, ADAM_BETA2, MAX_GRAD_NORM = 1e-5, 0.999, 1.0
 # DAPO's loss (a mean over all tokens) with a KL term, which TRL, Tunix and this project all have.
 EPSILON, BETA = 0.2, 0.04
 LORA_R = LORA_ALPHA = 16
 PAD, EOS, BOS = 0, 1, 2
-SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<boi>", "<eoi>", "<image>")  # their ids are their places
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<boi>", "<eoi>", "<image>")  # the id of each is its place here
 START_OF_IMAGE, END_OF_IMAGE, IMAGE = 4, 5, 6
 
 
@@ -34,7 +34,7 @@ class Job:
     batch: str  # an .npz file, see `load_batch`
     result: str  # where the JSON file goes
     vocab_size: int
-    pictures: bool  # whether each prompt has one
+    images: bool  # whether each prompt has one
     quick: bool  # a model of toy size
     prompts: int  # Q
     group: int  # G
@@ -43,11 +43,11 @@ class Job:
     repeats: int
     device: str  # "cpu" or "gpu"
     started: float = 0.0  # time.time() at which the parent started the worker
-    checkpointing: bool = False  # of TRL: whether it recomputes each layer in the backward pass
+    checkpointing: bool = False  # for TRL: whether it recomputes each layer in the backward pass
 
     @property
     def dtype(self) -> str:
-        """bfloat16 is what accelerators are built for; on a CPU it is emulated, by XLA and by torch differently."""
+        """Accelerators are built for bfloat16; on a CPU it is emulated, and XLA and torch do this differently."""
         return "float32" if self.device == "cpu" else "bfloat16"
 
 
@@ -60,7 +60,7 @@ def read_job() -> Job:
 
 
 def load_batch(job: Job) -> dict[str, np.ndarray]:
-    """prompt_ids int32[Q, P], without padding; pixels uint8[Q, h, w, 3] where prompts have a picture; and for updates
+    """prompt_ids int32[Q, P], without padding; pixels uint8[Q, h, w, 3] where prompts have an image; and for updates
     completion_ids int32[Q, G, C], advantages float32[Q, G], old_logps and ref_logps float32[Q, G, C].
     """
     with np.load(job.batch) as arrays:
@@ -68,7 +68,7 @@ def load_batch(job: Job) -> dict[str, np.ndarray]:
 
 
 def words(ids: Iterable[int]) -> str:
-    """Ids as text, one word a token: a tokenizer without which no system can be asked to train."""
+    """Ids as text, one word a token: every system needs a tokenizer to train, and this is the simplest."""
     return " ".join(SPECIAL[i] if i < len(SPECIAL) else str(i) for i in map(int, ids))
 
 
@@ -91,9 +91,9 @@ def now() -> tuple[float, float]:
 
 
 def times_between(job: Job, moments: list[tuple[float, float]]) -> dict[str, Any]:
-    """Seconds of the first call, compilation and warm-up included, of each later one, and from the process's start.
+    """Seconds of the first call (with compilation), of each later one, and from the process's start to the first's end.
 
-    Processor seconds say what a busy machine hides: they grow little when other work takes its turn.
+    Processor seconds are more reliable on a busy machine: they grow little when other work takes its turn.
     """
     first, *seconds = np.diff([wall for wall, _ in moments]).tolist()
     _, *processor = np.diff([used for _, used in moments]).tolist()
@@ -101,7 +101,7 @@ def times_between(job: Job, moments: list[tuple[float, float]]) -> dict[str, Any
 
 
 def measure(job: Job, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """What the first `call` returned, and the times of it and of `job.repeats` further ones.
+    """What the first `call` returned, and the times of this one and of `job.repeats` further ones.
 
     `call` must not return before its work is done.
     """
@@ -115,6 +115,6 @@ def measure(job: Job, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def write_result(job: Job, times: dict[str, Any], memory: int | None = None, **seen: Any) -> None:
-    """`seen` is what the parent compares: tokens, loss, grad_norm, drawn (tokens a step); memory None is the host's."""
+    """`seen` is what the parent compares: tokens, loss, grad_norm, drawn (tokens a step). memory=None: the host's."""
     result = times | seen | {"peak_bytes": peak_bytes() if memory is None else memory}
     Path(job.result).write_text(json.dumps(result))

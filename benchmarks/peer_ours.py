@@ -1,39 +1,41 @@
-"""This project's part of `peers.py`, and the weights, adapters and batches that every system gets."""
+"""The worker of `peers.py` for this project; it also makes the weights, adapters and batches that every system gets."""
 
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks import peer_job as common
 from benchmarks.peer_job import Job
-from gemma3.config import CONFIGS, Config, VisionConfig
+from gemma3.config import Config, VisionConfig
 from gemma3.files.adapter import load_adapter, save_adapter
+from gemma3.files.published import CONFIGS
 from gemma3.files.weights import load_checkpoint, save_checkpoint
-from gemma3.lora import LoraConfig, init_lora
-from gemma3.mesh import make_mesh
-from gemma3.model import Params, init_params
-from gemma3.sample import Prompts, Sampling, encode, sample
+from gemma3.filters import Sampling
+from gemma3.lora import LoraConfig, Policy, init_lora
+from gemma3.mesh import Model, make_mesh
+from gemma3.params import Params, init_params
+from gemma3.sample import Completions, PromptBatch, sample
 from grpo.algorithm import LossBatch, LossConfig, group_advantages, token_weights
-from grpo.rollout import split_over_data
-from grpo.update import init_optimizer, make_optimizer, score, update
+from grpo.rollout import encode_on_mesh, split_over_data
+from grpo.update import Learner, completion_logps, init_state, update
 
 LOSS = LossConfig(epsilon=common.EPSILON, beta=common.BETA, use_bias_correction_kl=False)
 
 
 def model_config(job: Job) -> Config:
-    """The 270m shape with fewer words, and where asked SigLIP's width in two layers: 448 pixels, 256 soft tokens."""
+    """The 270m shape with a smaller vocabulary; for images two layers of SigLIP's width, 448 pixels, 256 tokens."""
     config = replace(CONFIGS["gemma-3-270m"], vocab_size=job.vocab_size)
     vision = VisionConfig(num_layers=2, image_size=448)
     if job.quick:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "query_pre_attn_scalar": 32}
         config = replace(config, **sizes, num_layers=6, layer_types=config.layer_types[:6], sliding_window=16)
         vision = VisionConfig(64, 128, 2, 4, image_size=112, tokens_per_image=16)
-    if not job.pictures:
+    if not job.images:
         return config
     return replace(
         config,
@@ -46,10 +48,10 @@ def model_config(job: Job) -> Config:
 
 
 def random_params(config: Config) -> Params:
-    """Random weights, norms and biases too: one that does nothing would hide a difference.
+    """Random weights, norms and biases included: a norm or bias that does nothing would hide a difference.
 
     Embeddings are small beside what the blocks add, or greedy decoding would repeat one token; the final norm makes up
-    for it. Those of special ids are zero but <bos>'s, so that greedy decoding never draws one.
+    for it. Special ids other than <bos> have zero embeddings, so that greedy decoding never samples one.
     """
 
     def noisy(path, x: jax.Array) -> jax.Array:
@@ -65,7 +67,7 @@ def random_params(config: Config) -> Params:
 
 
 def make_prompts(config: Config, job: Job) -> dict[str, np.ndarray]:
-    """Random words after <bos>, and where the model sees a random picture before them."""
+    """Random words after <bos>; if the model has a vision tower, a random image stands before the words."""
     rng = np.random.default_rng(2)
     ids = rng.integers(len(common.SPECIAL), config.vocab_size, (job.prompts, job.prompt_length)).astype(np.int32)
     ids[:, 0] = common.BOS
@@ -77,7 +79,7 @@ def make_prompts(config: Config, job: Job) -> dict[str, np.ndarray]:
 
 
 def make_completions(config: Config, job: Job) -> dict[str, np.ndarray]:
-    """Completions as if drawn by an older policy; its log-probs and the reference's are added by `prepare`."""
+    """Completions as if sampled by an older policy; `prepare` adds its log-probs and the reference's."""
     rng, rows = np.random.default_rng(3), (job.prompts, job.group)
     return {
         "completion_ids": rng.integers(len(common.SPECIAL), config.vocab_size, (*rows, job.length)).astype(np.int32),
@@ -85,79 +87,60 @@ def make_completions(config: Config, job: Job) -> dict[str, np.ndarray]:
     }
 
 
-class Model:
-    """A model on one device with its settings, as the functions of the project take them."""
+class Ours:
+    """A model on one device, as the functions of the project take it."""
 
     def __init__(self, job: Job):
-        self.mesh, self.job = make_mesh(1, 1), job
-        self.config, self.params = load_checkpoint(job.model, dtype=jnp.dtype(job.dtype), mesh=self.mesh)
-        self.config = replace(self.config, stop_ids=(-1,))  # no id: every completion runs to its full length
-        self.allowed = jnp.ones(self.config.vocab_size, bool).at[jnp.arange(len(common.SPECIAL))].set(False)
+        config, params = load_checkpoint(job.model, dtype=jnp.dtype(job.dtype), mesh=make_mesh(1, 1))
+        config = replace(config, stop_ids=(-1,))  # no id: every completion runs to its full length
+        self.job, self.model, self.base = job, Model(config, make_mesh(1, 1)), Policy(params)
+        self.allowed = jnp.ones(config.vocab_size, bool).at[jnp.arange(len(common.SPECIAL))].set(False)
 
-    def prompts(self, batch: dict[str, np.ndarray]) -> Prompts:
-        ids = split_over_data(batch["prompt_ids"], self.mesh)
-        index = split_over_data(np.arange(len(ids), dtype=np.int32), self.mesh)
-        if self.config.vision is None:
-            return Prompts(ids, None, index)
-        pixels = split_over_data(batch["pixels"][:, None], self.mesh)
-        return Prompts(ids, encode(self.params, pixels, config=self.config, mesh=self.mesh), index)
+    def split(self, array: np.ndarray) -> jax.Array:
+        return split_over_data(array, self.model.mesh)
 
-    def sample(self, lora, prompts: Prompts, key: jax.Array, temperature: float):
-        return sample(
-            self.params,
-            lora,
-            prompts,
-            key,
-            self.allowed,
-            config=self.config,
-            mesh=self.mesh,
-            num_generations=self.job.group,
-            max_completion_length=self.job.length,
-            sampling=Sampling(temperature),
-        )
+    def prompts(self, batch: dict[str, np.ndarray]) -> PromptBatch:
+        ids, index = self.split(batch["prompt_ids"]), self.split(np.arange(self.job.prompts, dtype=np.int32))
+        if not self.job.images:
+            return PromptBatch(ids, None, index)
+        soft = encode_on_mesh(self.base, self.split(batch["pixels"][:, None]), model=self.model)
+        return PromptBatch(ids, soft, index)
 
-    def score(self, lora, prompts: Prompts, completion_ids) -> jax.Array:
-        compute = {"config": self.config, "mesh": self.mesh, "temperature": 1.0, "micro_batch": len(prompts.ids)}
-        return score(self.params, lora, prompts, completion_ids, **compute).logps
+    def sample(self, policy: Policy, prompts: PromptBatch, key: jax.Array, temperature: float) -> Completions:
+        how = Sampling(temperature, num_generations=self.job.group, max_completion_length=self.job.length)
+        return sample(policy, prompts, key, self.allowed, model=self.model, sampling=how)
+
+    def base_logps(self, prompts: PromptBatch, completion_ids: jax.Array) -> jax.Array:
+        how = {"model": self.model, "temperature": 1.0, "micro_batch": self.job.prompts}
+        return completion_logps(self.base, prompts, completion_ids, **how)
+
+    def loss_batch(self, advantages: np.ndarray, mask: np.ndarray, **logps: np.ndarray | None) -> LossBatch:
+        weights = np.asarray(token_weights("dapo", mask, max_completion_length=self.job.length))
+        return jax.tree.map(self.split, LossBatch(advantages, mask, weights, **logps))
 
 
 class Trainer:
-    """An adapter, its optimizer's state and the step that changes both."""
+    """An adapter, its optimizer's state and the update that changes both."""
 
-    def __init__(self, model: Model):
-        self.model, config, mesh = model, model.config, model.mesh
-        self.lora = load_adapter(model.job.adapter, config, mesh)
-        rate = lambda count: common.LEARNING_RATE  # noqa: E731
-        clip = common.MAX_GRAD_NORM
-        self.optimizer = make_optimizer(rate, weight_decay=0.0, adam_beta2=common.ADAM_BETA2, max_grad_norm=clip)
-        self.state = init_optimizer(self.optimizer, self.lora, config, mesh)
+    def __init__(self, ours: Ours):
+        job, model = ours.job, ours.model
+        adamw = optax.adamw(common.LEARNING_RATE, b2=common.ADAM_BETA2, weight_decay=0.0)
+        optimizer = optax.chain(optax.clip_by_global_norm(common.MAX_GRAD_NORM), adamw)
+        self.params = ours.base.params
+        self.learner = Learner(model, optimizer, LOSS, jnp.dtype(job.dtype), temperature=1.0, micro_batch=job.prompts)
+        self.state = init_state(load_adapter(job.adapter, model.config, model.mesh), optimizer, model)
 
-    def update(self, prompts: Prompts, completion_ids, batch: LossBatch) -> dict[str, jax.Array]:
-        self.lora, self.state, metrics, *_ = update(
-            self.lora,
-            self.state,
-            self.model.params,
-            prompts,
-            completion_ids,
-            batch,
-            optimizer=self.optimizer,
-            config=self.model.config,
-            mesh=self.model.mesh,
-            dtype=jnp.dtype(self.model.job.dtype),
-            loss=LOSS,
-            temperature=1.0,
-            micro_batch=len(prompts.ids),
-        )
+    @property
+    def policy(self) -> Policy:
+        return Policy(self.params, self.state.trainable)
+
+    def update(self, prompts: PromptBatch, completion_ids: jax.Array, batch: LossBatch) -> dict[str, jax.Array]:
+        self.state, metrics, _ = update(self.state, self.params, prompts, completion_ids, batch, learner=self.learner)
         return metrics
 
 
-def loss_batch(mesh, advantages, mask, length: int, **logps) -> LossBatch:
-    weights = token_weights("dapo", mask, max_completion_length=length)
-    return jax.tree.map(partial(split_over_data, mesh=mesh), LossBatch(advantages, mask, np.asarray(weights), **logps))
-
-
 def prepare(job: Job) -> None:
-    """Write the job's model and adapter, where they are not there yet, and its batch."""
+    """Write the job's model and adapter, unless they exist, and its batch."""
     config = model_config(job)
     if not Path(job.model).exists():
         save_checkpoint(job.model, config, random_params(config))
@@ -166,8 +149,8 @@ def prepare(job: Job) -> None:
     batch = make_prompts(config, job)
     if job.part == "update":
         batch |= make_completions(config, job)
-        model = Model(job)
-        logps = model.score(None, model.prompts(batch), split_over_data(batch["completion_ids"], model.mesh))
+        ours = Ours(job)
+        logps = ours.base_logps(ours.prompts(batch), ours.split(batch["completion_ids"]))
         rng = np.random.default_rng(5)
         for name, spread in (("old_logps", 0.3), ("ref_logps", 0.1)):
             batch[name] = np.asarray(logps) + spread * rng.standard_normal(logps.shape, np.float32)
@@ -175,28 +158,27 @@ def prepare(job: Job) -> None:
 
 
 def sampling(job: Job) -> None:
-    model, batch = Model(job), common.load_batch(job)
+    ours, batch = Ours(job), common.load_batch(job)
 
     def call():
-        samples = model.sample(None, model.prompts(batch), jax.random.key(0), temperature=0.0)
-        return jax.block_until_ready(samples)
+        completions = ours.sample(ours.base, ours.prompts(batch), jax.random.key(0), temperature=0.0)
+        return jax.block_until_ready(completions)
 
-    samples, times = common.measure(job, call)
-    common.write_result(job, times, memory(job), tokens=samples.completion_ids[:, 0].tolist())
+    completions, times = common.measure(job, call)
+    common.write_result(job, times, memory(job), tokens=completions.ids[:, 0].tolist())
 
 
 def one_update(job: Job) -> None:
-    """The pictures are encoded in every call, though in training the sampler's soft tokens are used again."""
+    """The images are encoded in every call, though in training the sampler's soft tokens are used again."""
     batch = common.load_batch(job)
-    model = Model(job)
-    trainer = Trainer(model)
-    completion_ids = split_over_data(batch["completion_ids"], model.mesh)
+    ours = Ours(job)
+    trainer = Trainer(ours)
+    completion_ids = ours.split(batch["completion_ids"])
     mask = np.ones(completion_ids.shape, bool)
-    logps = {name: batch[name] for name in ("old_logps", "ref_logps")}
-    given = loss_batch(model.mesh, batch["advantages"], mask, job.length, **logps)
+    given = ours.loss_batch(batch["advantages"], mask, old_logps=batch["old_logps"], ref_logps=batch["ref_logps"])
 
     def call():
-        return jax.device_get(trainer.update(model.prompts(batch), completion_ids, given))
+        return jax.device_get(trainer.update(ours.prompts(batch), completion_ids, given))
 
     metrics, times = common.measure(job, call)
     seen = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
@@ -204,25 +186,25 @@ def one_update(job: Job) -> None:
 
 
 def whole_steps(job: Job) -> None:
-    """Draw, decode and reward, score by the reference, update."""
+    """Sample, decode and reward, take the reference's log-probs, update."""
     batch = common.load_batch(job)
-    model = Model(job)
-    trainer = Trainer(model)
+    ours = Ours(job)
+    trainer = Trainer(ours)
     keys = iter(jax.random.split(jax.random.key(0), job.repeats + 1))
 
     def call():
-        prompts = model.prompts(batch)
-        samples = model.sample(trainer.lora, prompts, next(keys), temperature=1.0)
-        ids, mask = jax.device_get((samples.completion_ids, samples.completion_mask))
+        prompts = ours.prompts(batch)
+        completions = ours.sample(trainer.policy, prompts, next(keys), temperature=1.0)
+        ids, mask = jax.device_get((completions.ids, completions.mask))
         rewards = [[common.reward(common.words(row)) for row in of_prompt] for of_prompt in ids]
         advantages = np.asarray(group_advantages(np.array(rewards, np.float32)))
-        reference = model.score(None, prompts, samples.completion_ids)
-        given = loss_batch(model.mesh, advantages, mask, job.length, old_logps=None)._replace(ref_logps=reference)
-        jax.device_get(trainer.update(prompts, samples.completion_ids, given))
+        reference = ours.base_logps(prompts, completions.ids)
+        given = ours.loss_batch(advantages, mask, old_logps=None)._replace(ref_logps=reference)
+        jax.device_get(trainer.update(prompts, completions.ids, given))
         return int(mask.sum())
 
-    drawn, times = common.measure(job, call)
-    common.write_result(job, times, memory(job), drawn=drawn)
+    sampled, times = common.measure(job, call)
+    common.write_result(job, times, memory(job), drawn=sampled)
 
 
 def memory(job: Job) -> int | None:

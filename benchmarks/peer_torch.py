@@ -1,6 +1,6 @@
-"""What `peers.py` measures of torch: transformers' generate, TRL's loss with PEFT, TRL's GRPOTrainer.
+"""The worker of `peers.py` for torch: transformers' generate, TRL's loss with PEFT, TRL's GRPOTrainer.
 
-`_compute_loss` is run as the trainer runs it, on a given batch: with just the state that it reads.
+TRL's `_compute_loss` runs on a given batch as in the trainer, but with only the state that it reads.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ from benchmarks.peer_job import Job
 
 
 def load_model(job: Job) -> torch.nn.Module:
-    kind = Gemma3ForConditionalGeneration if job.pictures else Gemma3ForCausalLM
+    kind = Gemma3ForConditionalGeneration if job.images else Gemma3ForCausalLM
     model = kind.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
     model.generation_config.eos_token_id = None  # every completion runs to its full length
     return model.to(torch_device(job))
@@ -56,9 +56,9 @@ def memory(job: Job) -> int | None:
     return None if job.device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def picture_inputs(job: Job, batch: dict[str, np.ndarray], rows: torch.Tensor) -> dict:
-    """Each row's own copy of its prompt's picture, as TRL passes it to the model; rows: int64[Q * G, T]."""
-    if not job.pictures:
+def image_inputs(job: Job, batch: dict[str, np.ndarray], rows: torch.Tensor) -> dict:
+    """Each row's own copy of its prompt's image, as TRL passes it to the model; rows: int64[Q * G, T]."""
+    if not job.images:
         return {}
     pixels = torch.from_numpy(batch["pixels"]).to(rows.device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     pixels = pixels.repeat_interleave(job.group, dim=0).to(getattr(torch, job.dtype))
@@ -70,7 +70,7 @@ def sampling(job: Job) -> None:
     model, batch = load_model(job).eval(), common.load_batch(job)
     prompts = torch.from_numpy(batch["prompt_ids"]).long().to(model.device).repeat_interleave(job.group, dim=0)
     inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-    inputs |= picture_inputs(job, batch, prompts)
+    inputs |= image_inputs(job, batch, prompts)
 
     def call():
         with torch.no_grad():
@@ -136,8 +136,8 @@ def one_update(job: Job) -> None:
         "old_per_token_logps": rows("old_logps"),
         "ref_per_token_logps": rows("ref_logps"),
     }
-    if job.pictures:
-        given |= picture_inputs(job, batch, torch.cat([prompts, completions], dim=1))
+    if job.images:
+        given |= image_inputs(job, batch, torch.cat([prompts, completions], dim=1))
         given["num_images"] = [1] * len(prompts)
 
     def call():
@@ -160,7 +160,7 @@ CHAT = (
 
 
 def make_processor(job: Job):
-    """`peer_job.words` and back; with pictures a processor that puts their soft tokens in."""
+    """A tokenizer for the text of `peer_job.words`; with images a processor that puts their soft tokens in."""
     names = [*common.SPECIAL, *map(str, range(len(common.SPECIAL), job.vocab_size))]
     tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -175,7 +175,7 @@ def make_processor(job: Job):
         extra_special_tokens=roles,
         padding_side="left",
     )
-    if not job.pictures:
+    if not job.images:
         return tokenizer
     config = Gemma3Config.from_pretrained(job.model)
     size = config.vision_config.image_size
@@ -185,12 +185,12 @@ def make_processor(job: Job):
 
 def examples(job: Job, batch: dict[str, np.ndarray]) -> list[dict]:
     """The prompts as TRL's data set holds them."""
-    if not job.pictures:
+    if not job.images:
         return [{"prompt": common.words(ids)} for ids in batch["prompt_ids"]]
     first = 1 + int(np.argmax(batch["prompt_ids"][0] == common.END_OF_IMAGE))
     return [
-        {"prompt": [{"role": "user", "content": common.words(ids[first:])}], "image": Image.fromarray(picture)}
-        for ids, picture in zip(batch["prompt_ids"], batch["pixels"], strict=True)
+        {"prompt": [{"role": "user", "content": common.words(ids[first:])}], "image": Image.fromarray(image)}
+        for ids, image in zip(batch["prompt_ids"], batch["pixels"], strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What `peers.py` measures of Tunix (google-tunix), on text: its sampler, its GRPO train step, its GRPO learner."""
+"""The worker of `peers.py` for Tunix (google-tunix), on text: its sampler, its GRPO train step, its GRPO learner."""
 
 import json
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ from benchmarks import peer_job as common
 from benchmarks.peer_job import Job
 
 PROJECTIONS = ".*q_einsum|.*kv_einsum|.*attn_vec_einsum|.*gate_proj|.*up_proj|.*down_proj"
-NO_ID = -1  # as the stop token: every completion runs to its full length
+NO_ID = -1  # used as the stop token, so that every completion runs to its full length
 
 
 class Words:
-    """`peer_job.words` as the tokenizer that Tunix asks for."""
+    """The tokenizer that Tunix asks for; its text is that of `peer_job.words`."""
 
     def encode(self, text: str) -> list[int]:
         return [common.SPECIAL.index(word) if word in common.SPECIAL else int(word) for word in text.split()]
@@ -83,7 +83,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def algorithm(job: Job) -> GRPOConfig:
-    """The loss of the other systems, by Tunix's names."""
+    """The loss of the other systems, under Tunix's names."""
     return GRPOConfig(
         num_generations=job.group,
         beta=common.BETA,

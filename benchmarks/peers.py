@@ -5,9 +5,9 @@
     python -m benchmarks.peers update-text step-image --repeats 5             # some parts
     python -m benchmarks.peers --quick                                        # toy sizes: does it run?
 
-One worker process after another, never two at once, with the same random weights, prompts, lengths, precision (float32
-on a CPU, bfloat16 on a GPU) and number of threads; nothing stops a completion early. Each table says whether the work
-was the same: the share of greedily drawn tokens, or the loss and gradient norm of the first update, against ours.
+Worker processes run one after another with the same random weights, prompts, lengths, precision (float32 on a CPU,
+bfloat16 on a GPU) and number of threads; nothing stops a completion early. Each table says whether the work was the
+same as ours: the share of equal greedily sampled tokens, or the loss and gradient norm of the first update.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PIP = "pip install -r benchmarks/requirements.txt"
 
 
 class System(NamedTuple):
-    """Whom to measure, by which worker, and what it needs."""
+    """A system to measure: its worker, and what it needs."""
 
     worker: str
     packages: tuple[str, ...]
@@ -52,10 +52,10 @@ SYSTEMS = {
 
 
 class Part(NamedTuple):
-    """One table: a kind of work, its shape, who does it, and how many times ours we want their time and memory."""
+    """One table: a kind of work, its shape, the systems, and what multiples of our time and memory we want to see."""
 
     kind: str  # "sampling", "update" or "step"
-    pictures: bool
+    images: bool
     systems: tuple[str, ...]
     prompts: int  # Q
     prompt_length: int  # P
@@ -80,7 +80,7 @@ def make_job(name: str, system: str, directory: Path, args: argparse.Namespace) 
     part = PARTS[name]
     group = args.group * (2 if system == "ours, 2G" else 1)
     prompt_length, length = (n // 8 if args.quick else n for n in (part.prompt_length, part.length))
-    model = directory / ("image" if part.pictures else "text")
+    model = directory / ("image" if part.images else "text")
     return Job(
         part=part.kind,
         model=str(model),
@@ -88,7 +88,7 @@ def make_job(name: str, system: str, directory: Path, args: argparse.Namespace) 
         batch=str(directory / f"{name}-{group}.npz"),
         result=str(directory / f"{name}-{system}.json"),
         vocab_size=512 if args.quick else args.vocab_size,
-        pictures=part.pictures,
+        images=part.images,
         quick=args.quick,
         prompts=args.prompts or part.prompts,
         group=group,
@@ -101,7 +101,7 @@ def make_job(name: str, system: str, directory: Path, args: argparse.Namespace) 
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    """What all workers run under: as many threads each, by two ways of saying so, and no look at the network."""
+    """The environment of all workers: the same number of threads, set in two ways, and no access to the hub."""
     threads = str(args.threads)
     return os.environ | {
         "JAX_PLATFORMS": "cpu" if args.device == "cpu" else "cuda",
@@ -113,7 +113,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_worker(python: str, arguments: list[str], args: argparse.Namespace) -> str | None:
-    """Run one worker to its end. What went wrong, or None."""
+    """Run one worker to its end; return what went wrong, or None."""
     cores = sorted(os.sched_getaffinity(0))[: args.threads]  # XLA starts as many threads as it may use cores
     done = subprocess.run(
         [python, "-m", *arguments],
@@ -176,7 +176,7 @@ def same_work(kind: str, result: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def figures(part: Part, tokens: int, system: str, result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """One system's row, after its name; against ours where that was measured."""
+    """One system's table row without its name; compared with ours if ours was measured."""
     seconds, peak = result["seconds"], result["peak_bytes"]
     middle = statistics.median(seconds)
     slower = larger = same = "?"
@@ -200,10 +200,10 @@ def figures(part: Part, tokens: int, system: str, result: dict[str, Any], ours: 
 
 
 def show(name: str, results: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
-    """One part's table, of whatever systems have been measured."""
+    """Print one part's table, with the systems that have been measured."""
     part = PARTS[name]
     job = make_job(name, "ours", Path(), args)
-    shape = f"Q={job.prompts} G={job.group} P={job.prompt_length}{' with a picture' * job.pictures} C={job.length}"
+    shape = f"Q={job.prompts} G={job.group} P={job.prompt_length}{' with an image' * job.images} C={job.length}"
     table = Table(title=f"{name}: {shape}, {args.device}, {job.dtype}, {args.threads} threads", title_justify="left")
     columns = ["system", "start to first, s", "first call, s", "later, s", "min - max", "tokens/s", "x ours", "wanted"]
     for column in [*columns, "peak, GB", "x ours", "wanted", "the same work?"]:

@@ -1,13 +1,13 @@
-"""Bytes that a decode step moves on a TPU over the least it could move, counted by the TPU's own compiler.
+"""The bytes that a decode step moves on a TPU, divided by the least it could move; the TPU's own compiler counts them.
 
     pip install libtpu && python -m benchmarks.roofline      # no TPU is needed: nothing runs
 
-Decoding is bound by memory: a step can be no faster than reading the weights once, each prompt's keys and values once
-for its whole group, and each row's own. The compiler counts what its program for `gemma3.sample.step` reads and writes,
+Decoding is bound by memory: a step must read the weights once, each prompt's keys and values once for its whole group,
+and each completion's own. The compiler counts what its program for `gemma3.sample.next_token` reads and writes, with
 weights already joined over `data`. It is told not to stage arrays in on-chip memory, because it counts that memory's
-traffic too: a staged weight would count three times, its read, its copy and the read of that. What a staged array costs
-when it is written back is thus not in the figure. The body of a scan would count once, but the step's loop over layers
-is Python's.
+traffic too: a staged weight would count three times, for its read, its copy and the read of the copy. So the figure
+leaves out what it costs to write a staged array back. The body of a scan would count once, but the step's loop over
+layers is a Python loop.
 """
 
 import os
@@ -24,26 +24,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec as Spec
 from rich.console import Console
 from rich.table import Table
 
 from gemma3.attention import KeyValues
-from gemma3.config import CONFIGS, Config
-from gemma3.mesh import DATA, TENSOR, partition_specs, topology_mesh
-from gemma3.model import param_shapes
-from gemma3.sample import Fixed, Loop, PromptCache, Sampling, cache_slots, step
+from gemma3.cache import PromptCache, cache_slots
+from gemma3.config import Config
+from gemma3.files.published import CONFIGS
+from gemma3.filters import Sampling
+from gemma3.lora import LoraBlock
+from gemma3.mesh import DATA, TENSOR, Model
+from gemma3.params import param_shapes
+from gemma3.sample import Fixed, Loop, next_token
+from gemma3.transformer import Layer, LayerKind, layer_kinds
+from grpo.plan.programs import topology_mesh
 
-ROWS = P(DATA)
+ROWS = Spec(DATA)
 
 
 class Setting(NamedTuple):
     """What is decoded, and where."""
 
-    prompts: int = 8  # Q
-    group: int = 8  # G
+    num_prompts: int = 8  # Q
     prompt_length: int = 512  # P
-    length: int = 512  # C, all of it held in the cache
+    sampling: Sampling = Sampling(num_generations=8, max_completion_length=512)  # G and C, all of it held in the cache
     topology: str = "v5e:2x4"
     mesh: tuple[int, int] = (2, 4)
 
@@ -51,7 +56,7 @@ class Setting(NamedTuple):
 class Count(NamedTuple):
     """Bytes a chip moves in one step."""
 
-    weights: int  # the least
+    weights: int  # this and the next two must be read: the least
     prompt_cache: int
     own_cache: int
     moved: float  # what the compiled step moves
@@ -62,32 +67,32 @@ class Count(NamedTuple):
         return self.weights + self.prompt_cache + self.own_cache
 
 
-def _without_data(spec: P) -> P:
-    return P(*(None if axis == DATA else axis for axis in spec))
+def _without_data(spec: Spec) -> Spec:
+    return Spec(*(None if axis == DATA else axis for axis in spec))
 
 
-def _inputs(config: Config, setting: Setting, mesh) -> tuple[tuple, tuple]:
-    """The arguments of a step as shapes, and how they are split: weights, `Fixed` without them, `Loop`."""
-    q, g, c = setting.prompts, setting.group, setting.length
-    tensor = mesh.shape[TENSOR]
-    heads = max(config.num_kv_heads, tensor)  # a head that several shards need is held by each
+def _inputs(model: Model, setting: Setting) -> tuple[tuple, tuple]:
+    """The arguments of a step as shapes, and how they are split: weights, `Fixed` without the weights, `Loop`."""
+    config, q, sampling = model.config, setting.num_prompts, setting.sampling
+    g, c = sampling.num_generations, sampling.max_completion_length
+    heads = max(config.num_kv_heads, model.mesh.shape[TENSOR])  # a head that several shards need is held by each
     array = jax.ShapeDtypeStruct
 
     text = param_shapes(config, jnp.bfloat16).text
-    specs = jax.tree.map(_without_data, partition_specs(text, config, mesh))
+    specs = jax.tree.map(_without_data, model.specs(text))
     by_head = array((text.blocks.k.shape[1], heads, config.head_dim), jnp.bfloat16)
-    layer = jax.tree.map(lambda x: array(x.shape[1:], x.dtype), text.blocks)._replace(k=by_head, v=by_head)
-    layer_spec = jax.tree.map(lambda spec: P(*spec[1:]), specs.blocks)
-    layer_spec = layer_spec._replace(k=P(None, TENSOR), v=P(None, TENSOR))
-    weights = (text.embedding, text.final_norm, [layer] * config.num_layers)
-    weight_specs = (specs.embedding, specs.final_norm, [layer_spec] * config.num_layers)
+    block = jax.tree.map(lambda x: array(x.shape[1:], x.dtype), text.blocks)._replace(k=by_head, v=by_head)
+    block_spec = jax.tree.map(lambda spec: Spec(*spec[1:]), specs.blocks)
+    block_spec = block_spec._replace(k=Spec(None, TENSOR), v=Spec(None, TENSOR))
+    weights = (text.embedding, text.final_norm, [block] * config.num_layers)
+    weight_specs = (specs.embedding, specs.final_norm, [block_spec] * config.num_layers)
 
     def caches(*rows: int, length: int) -> list[KeyValues]:
         shapes = [(*rows, slots, config.head_dim) for slots in cache_slots(config, length)]
         return [KeyValues(*(array(shape, jnp.bfloat16) for _ in "kv")) for shape in shapes]
 
     def cache_specs(*axes) -> list[KeyValues]:
-        return [KeyValues(P(*axes), P(*axes))] * config.num_layers
+        return [KeyValues(Spec(*axes), Spec(*axes))] * config.num_layers
 
     whole, per_row = array((q, g), jnp.int32), array((q, g, c), jnp.int32)
     fixed = (
@@ -96,9 +101,9 @@ def _inputs(config: Config, setting: Setting, mesh) -> tuple[tuple, tuple]:
         array((q, g), jax.random.key(0).dtype),
         array((config.vocab_size,), jnp.bool_),
     )
-    fixed_specs = ([PromptCache(kv, ROWS) for kv in cache_specs(DATA, TENSOR)], ROWS, ROWS, P(TENSOR))
+    fixed_specs = ([PromptCache(kv, ROWS) for kv in cache_specs(DATA, TENSOR)], ROWS, ROWS, Spec(TENSOR))
     loop = Loop(
-        place=array((), jnp.int32),
+        t=array((), jnp.int32),
         token=whole,
         done=array((q, g), jnp.bool_),
         ids=per_row,
@@ -106,21 +111,24 @@ def _inputs(config: Config, setting: Setting, mesh) -> tuple[tuple, tuple]:
         logps=array((q, g, c), jnp.float32),
         caches=caches(q * heads * g, length=c),
     )
-    loop_specs = Loop(P(), ROWS, ROWS, ROWS, ROWS, ROWS, cache_specs((DATA, TENSOR)))
+    loop_specs = Loop(Spec(), ROWS, ROWS, ROWS, ROWS, ROWS, cache_specs((DATA, TENSOR)))
     return (weights, fixed, loop), (weight_specs, fixed_specs, loop_specs)
 
 
-def _one_step(weights, fixed, loop: Loop, *, config: Config) -> Loop:
-    embedding, final_norm, layers = weights
-    readers = [lambda x, layer=layer: (layer, None) for layer in layers]
-    return step(loop, Fixed(embedding, final_norm, readers, *fixed), config=config, sampling=Sampling(), lora_scale=0.0)
+def _one_step(weights, fixed, loop: Loop, *, config: Config, sampling: Sampling) -> Loop:
+    embedding, final_norm, blocks = weights
+    kinds = layer_kinds(config)
+    layers = [Layer(w, LoraBlock(), LayerKind(*(x[i] for x in kinds))) for i, w in enumerate(blocks)]
+    readers = [lambda x, layer=layer: layer for layer in layers]
+    return next_token(Fixed(embedding, final_norm, readers, *fixed), loop, config=config, sampling=sampling)
 
 
 def count(config: Config, setting: Setting) -> Count:
     """Compile one step of the sampler and count its bytes."""
     mesh = topology_mesh(setting.topology, *setting.mesh)
-    shapes, specs = _inputs(config, setting, mesh)
-    body = jax.shard_map(partial(_one_step, config=config), mesh=mesh, in_specs=specs, out_specs=specs[2])
+    shapes, specs = _inputs(Model(config, mesh), setting)
+    body = partial(_one_step, config=config, sampling=setting.sampling)
+    body = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=specs[2])
     split = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
     weights, fixed, loop = jax.tree.map(split, shapes, specs)
 
@@ -144,7 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["gemma-3-4b-it", "gemma-3-1b-it"], help="published names")
     setting = Setting()
-    q, g, p, c, topology, (data, tensor) = setting
+    q, p, sampling, topology, (data, tensor) = setting
+    g, c = sampling.num_generations, sampling.max_completion_length
     title = f"One decode step, Q={q}, G={g}, P={p}, own cache {c}, mesh {data},{tensor} on {topology}: GB a chip"
     table = Table(title=title)
     for column in ("model", "weights", "prompts' cache", "own cache", "least", "moved", "moved / least", "compile, s"):

@@ -1,11 +1,11 @@
-"""FLOPs of a GRPO update over the least it could do, counted by the compiler of a TPU, or of the CPU.
+"""The FLOPs of a GRPO update, divided by the least it could do; the compiler of a TPU or of the CPU counts them.
 
     pip install libtpu && python -m benchmarks.roofline_update                        # no TPU is needed: nothing runs
     python -m benchmarks.roofline_update nano --plan cpu --mesh 1,1 --virtual-devices 1
 
-The compiler counts the body of a loop once. So one layer is compiled, forward and backward, prompts and completions,
-and one chunk of logits, each as it stands in the update's loops, and multiplied by how often these turn. The least is
-`grpo.plan.costs.update_flops`. What the whole update holds in memory `train.py --plan` says.
+The compiler counts the body of a loop once. So one layer (forward and backward, prompts and completions) and one chunk
+of logits are compiled as they stand in the update's loops, and each count is multiplied by the turns of its loop. The
+least is `grpo.plan.costs.update_flops`. `train.py --plan` says what the whole update holds in memory.
 """
 
 import os
@@ -20,17 +20,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec as Spec
 from rich.console import Console
 from rich.table import Table
 
-from gemma3.lora import Lora
-from gemma3.mesh import DATA, TENSOR, partition_specs, simulate_devices, sum_over_data
+from gemma3.lora import Policy
+from gemma3.mesh import DATA, TENSOR, sum_over_data
 from gemma3.model import logit_chunks, logits_of, token_stats
-from gemma3.transformer import Block, extend, prefill
+from gemma3.params import Block, Params, Text
+from gemma3.transformer import extend, prefill
 from grpo.plan.costs import update_flops
 from grpo.plan.plan import choose_backend, make_job
-from grpo.plan.programs import Job, abstract_state, optimizer_of
+from grpo.plan.programs import Job, abstract_state
+from grpo.run.devices import simulate_devices
 from grpo.run.settings import Settings, check_batch, model_config, resolve_defaults
 
 
@@ -57,41 +59,39 @@ class Count(NamedTuple):
 
 
 def _cost(job: Job, body: Callable, arguments: tuple, specs: tuple) -> Cost:
-    """Of the gradient of `body`, a sum over all devices, with respect to its first argument."""
-    split = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(job.mesh, spec))  # noqa: E731
-    program = jax.shard_map(jax.value_and_grad(body), mesh=job.mesh, in_specs=specs, out_specs=(P(), specs[0]))
+    """The cost of `body`, a sum over all devices, and of its gradient with respect to the first argument."""
+    mesh = job.model.mesh
+    split = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    program = jax.shard_map(jax.value_and_grad(body), mesh=mesh, in_specs=specs, out_specs=(Spec(), specs[0]))
     analysis = jax.jit(program).lower(*jax.tree.map(split, arguments, specs)).compile().cost_analysis()
     return Cost(analysis["flops"], analysis["bytes accessed"])
 
 
 def layer_cost(job: Job, prompts: int) -> Cost:
-    """One layer over `prompts` prompts and their completions, and its gradient by adapters and by what came in."""
-    config = replace(job.config, num_layers=1, layer_types=job.config.layer_types[:1])
-    w, one = job.work, replace(job, config=config)
-    state = abstract_state(one, optimizer_of(job.settings))
-    blocks, adapters, scale = state.frozen.text.blocks, state.trainable.blocks, state.trainable.scale
+    """One layer over `prompts` prompts and their completions, with the gradients of its adapters and its inputs."""
+    w, config = job.work, job.model.config
+    config = replace(config, num_layers=1, layer_types=config.layer_types[:1])
+    model = replace(job.model, config=config)
+    state = abstract_state(replace(job, model=model))
+    lora, blocks = state.trainable, state.frozen.text.blocks
     array = lambda *shape: jax.ShapeDtypeStruct((prompts, *shape), job.dtype)  # noqa: E731
     hidden = (array(w.prompt_length, config.hidden_size), array(w.group, w.length - 1, config.hidden_size))
     ids = jax.ShapeDtypeStruct((prompts, w.prompt_length), jnp.int32)
 
     def body(learned, blocks: Block, ids: jax.Array) -> jax.Array:
-        adapters, (read, extended) = learned
-        lora, lengths = Lora(adapters, scale), (ids > 0).sum(axis=1)
-        read, kv = prefill(read, blocks, lora, ids > 0, ids, config=config)
-        extended = extend(extended, blocks, lora, kv, lengths, config=config)
+        lora, (read, extended) = learned
+        policy = Policy(Params(Text(blocks=blocks), None), lora)
+        read, kv = prefill(policy, read, ids > 0, ids, config=config)
+        extended = extend(policy, extended, kv, (ids > 0).sum(axis=1), config=config)
         return sum_over_data(read.astype(jnp.float32).sum() + extended.astype(jnp.float32).sum())
 
-    specs = (
-        (partition_specs(adapters, config, job.mesh), (P(DATA), P(DATA))),
-        partition_specs(blocks, config, job.mesh),
-        P(DATA),
-    )
-    return _cost(job, body, ((adapters, hidden), blocks, ids), specs)
+    specs = ((model.specs(lora), (Spec(DATA), Spec(DATA))), model.specs(blocks), Spec(DATA))
+    return _cost(job, body, ((lora, hidden), blocks, ids), specs)
 
 
 def logits_cost(job: Job, tokens: int) -> Cost:
-    """The log-probs of one chunk of `tokens` tokens, and their gradient by the hidden states."""
-    config, rows = job.config, tokens * job.mesh.shape[DATA]
+    """The log-probs of one chunk of `tokens` tokens, with the gradient of the hidden states."""
+    config, rows = job.model.config, tokens * job.model.mesh.shape[DATA]
     hidden = jax.ShapeDtypeStruct((rows, config.hidden_size), job.dtype)
     embedding = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), job.dtype)
     ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -99,21 +99,21 @@ def logits_cost(job: Job, tokens: int) -> Cost:
     def body(hidden, embedding, ids):
         @jax.checkpoint
         def logps(hidden):
-            return token_stats(logits_of(hidden, embedding, config=config), ids, embedding).logps
+            return token_stats(logits_of(embedding, hidden, config=config), ids).logps
 
         return sum_over_data(logps(hidden).sum())
 
-    return _cost(job, body, (hidden, embedding, ids), (P(DATA), P(TENSOR), P(DATA)))
+    return _cost(job, body, (hidden, embedding, ids), (Spec(DATA), Spec(TENSOR), Spec(DATA)))
 
 
 def count(job: Job) -> Count:
     """Compile the parts of an update."""
-    w, micro_batch = job.work, check_batch(job.settings, job.mesh)
-    data, tensor = job.mesh.shape[DATA], job.mesh.shape[TENSOR]
-    micro_batches = w.prompts // data // micro_batch
-    chunks, at_once = logit_chunks(micro_batch * w.group * w.length, job.config.vocab_size // tensor)
+    w, (config, mesh) = job.work, (job.model.config, job.model.mesh)
+    data, tensor, micro_batch = mesh.shape[DATA], mesh.shape[TENSOR], check_batch(job.settings, mesh)
+    micro_batches = w.num_prompts // data // micro_batch
+    chunks, at_once = logit_chunks(micro_batch * w.group * w.length, config.vocab_size // tensor)
     return Count(
-        layers=layer_cost(job, micro_batch * data).times(job.config.num_layers * micro_batches),
+        layers=layer_cost(job, micro_batch * data).times(config.num_layers * micro_batches),
         logits=logits_cost(job, at_once).times(chunks * micro_batches),
         least=update_flops(w) / data / tensor,
     )

@@ -1,4 +1,4 @@
-"""Datasets as lists of `Example`: `load_dataset` takes a known name, a file or a folder, and sees what it holds.
+"""Datasets as lists of `Example`: `load_dataset` takes a known name, a file or a folder, and finds out what it holds.
 
 Reading order: example.py, files.py, prompt.py, then one file per dataset.
 """
@@ -13,9 +13,9 @@ from data import gsm8k, jsonl, mathvista
 from data.example import Example
 from data.files import find
 
-# Names that need no file: what they stand for is downloaded.
+# Names that need no file: their dataset is downloaded.
 NAMES = {"mathvista": "mathvista", mathvista.REPOSITORY: "mathvista", "gsm8k": "gsm8k", gsm8k.REPOSITORY: "gsm8k"}
-# What --data may be; "synthetic" is no file and has no rows to read, so train.py and eval.py draw it themselves.
+# What --data may be. There is no file of "synthetic", so `data.synthetic` makes it.
 KNOWN = (
     f"synthetic, the embedded task; the names {', '.join(NAMES)}; a folder or parquet file of MathVista or GSM8K; "
     "MathVista's testmini.json; or a .jsonl file with question and answer in each row"
@@ -33,7 +33,7 @@ def _parquet_kind(path: Path) -> str | None:
 
 
 def _jsonl_kind(path: Path) -> str:
-    """GSM8K where the first row is a question and an answer with a "#### N" line, and nothing else; else our own."""
+    """GSM8K if the first row has a question, an answer with a "#### N" line and nothing else; else our own format."""
     with path.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"")
     try:
@@ -54,7 +54,7 @@ def _json_kind(path: Path) -> str | None:
 
 
 def _folder_kind(path: Path) -> str | None:
-    """What the first data file in a folder is; a .jsonl of our own is given as a file, so it does not count."""
+    """The kind of the first MathVista or GSM8K file in a folder; a .jsonl of our own must be given as a file."""
     for pattern in ("*.parquet", "testmini.json", "*.jsonl"):
         for file in find(path, pattern):
             found = kind(file)
@@ -87,7 +87,7 @@ def load_dataset(name_or_path: str | Path, split: str = "all", *, skip_missing_i
 
     `split` is "train", "test" or "all". Train and test never share an example: they are the published splits where a
     dataset has them (GSM8K by name or folder), else a fixed 80:20 division (`data.files.in_split`). Rows without their
-    picture are an error unless `skip_missing_images`. Raises ValueError for what cannot be read or holds bad rows,
+    image are an error unless `skip_missing_images`. Raises ValueError for what cannot be read or holds bad rows,
     RuntimeError for a failed download.
     """
     found = kind(name_or_path)

@@ -1,4 +1,4 @@
-"""What the datasets share: the split by hash, paths that stay in their folder, pictures kept on the disk, reports of
+"""What the datasets share: the split by hash, paths that stay in their folder, images kept on the disk, reports of
 bad rows, downloads.
 
 Rests on the standard library and, to download, huggingface_hub.
@@ -32,17 +32,17 @@ def find(folder: Path, pattern: str) -> list[Path]:
 
 
 def inside(folder: Path, relative: str) -> Path:
-    """The absolute path of `relative` in `folder`, links followed; ValueError where that is outside of `folder`."""
+    """The absolute path of `relative` in `folder`, links followed; ValueError if it lies outside `folder`."""
     path = (folder / relative).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"path {relative!r} leaves {folder}; keep files in that folder and name them relative to it")
     return path
 
 
-class StoredPicture(NamedTuple):
-    """An encoded picture within a file of many, which stays open as long as one of them is wanted.
+class StoredImage(NamedTuple):
+    """An encoded image within a file of many images, which stays open as long as one of them is in use.
 
-    It is read as a `Path` is, by `read_bytes()`, and by any number of threads at once: no place in the file is shared.
+    It is read like a `Path`, by `read_bytes()`. Any number of threads may read at once: they share no file position.
     """
 
     file: IO[bytes]
@@ -53,25 +53,25 @@ class StoredPicture(NamedTuple):
         return os.pread(self.file.fileno(), self.size, self.offset)
 
 
-def store_picture(file: IO[bytes], content: bytes) -> StoredPicture:
-    """Append an encoded picture to `file`, a `tempfile.TemporaryFile()`: it has no name and goes with the process.
+def store_image(file: IO[bytes], content: bytes) -> StoredImage:
+    """Append an encoded image to `file`, a `tempfile.TemporaryFile()`: it has no name and is deleted with the process.
 
-    Raises RuntimeError where the disk is full; the environment variable TMPDIR chooses another one.
+    Raises RuntimeError if the disk is full; the environment variable TMPDIR chooses another one.
     """
     try:
         offset = file.seek(0, os.SEEK_END)
         file.write(content)
-        file.flush()  # what waited in the buffer would not be seen by pread
+        file.flush()  # pread does not see what is still in the buffer
     except OSError as error:
         raise RuntimeError(
-            f"pictures cannot be written to a temporary file in {tempfile.gettempdir()} ({error.strerror}); "
+            f"images cannot be written to a temporary file in {tempfile.gettempdir()} ({error.strerror}); "
             "set TMPDIR to a folder with more room"
         ) from error
-    return StoredPicture(file, offset, len(content))
+    return StoredImage(file, offset, len(content))
 
 
 def refuse_bad_rows(path: Path, problems: list[str]) -> None:
-    """Raises one ValueError that shows the first few of `problems` and counts them; returns where there are none."""
+    """Raises one ValueError that shows the first few of `problems` and counts them; returns if there are none."""
     if not problems:
         return
     shown = "; ".join(problems[:_SHOWN_PROBLEMS])
@@ -84,7 +84,7 @@ def refuse_bad_rows(path: Path, problems: list[str]) -> None:
 def download(repository: str, pattern: str) -> Path:
     """The local folder of a Hugging Face dataset repository, with the files matching `pattern` fetched if need be.
 
-    Raises RuntimeError, saying what to do instead, where they are neither on the hub within reach nor in the cache.
+    Raises RuntimeError, which says what to do instead, if they can neither be downloaded nor found in the cache.
     """
     try:
         from huggingface_hub import snapshot_download

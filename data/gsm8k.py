@@ -18,20 +18,8 @@ ANSWER = re.compile(r"(?P<solution>.*?)\s*#### (?P<value>-?[0-9][0-9,]*)\s*", re
 _CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
 
 
-def _rows(path: Path) -> list[Any]:
-    if path.suffix == ".parquet":
-        return pq.read_table(path, columns=["question", "answer"]).to_pylist()
-    rows, problems = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            problems.append(f"line {number}: {error}")
-    refuse_bad_rows(path, problems)
-    return rows
-
-
 def _example(row: Any, id: str) -> Example:
+    row = json.loads(row) if isinstance(row, bytes) else row
     if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("question", "answer")):
         raise ValueError("it is not an object with the texts question and answer")
     match = ANSWER.fullmatch(row["answer"])
@@ -48,9 +36,12 @@ def _example(row: Any, id: str) -> Example:
 
 def _examples(path: Path) -> list[Example]:
     """The examples of one file, with ids such as "train-17" for its row 17; one ValueError names all bad rows."""
-    name = path.stem.partition("-")[0]
-    examples, problems = [], []
-    for number, row in enumerate(_rows(path), start=1):
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path, columns=["question", "answer"]).to_pylist()
+    else:
+        rows = path.read_bytes().splitlines()
+    name, examples, problems = path.stem.partition("-")[0], [], []
+    for number, row in enumerate(rows, start=1):
         try:
             examples.append(_example(row, f"{name}-{number}"))
         except ValueError as error:
@@ -60,7 +51,7 @@ def _examples(path: Path) -> list[Example]:
 
 
 def _published(folder: Path, split: str) -> list[Example]:
-    """The examples of one published split in a folder of JSON Lines, or of parquet files, also below main/."""
+    """The examples of one published split, from JSON Lines or parquet files in a folder, or parquet in its main/."""
     for pattern in (f"{split}.jsonl", f"{split}-*.parquet", f"main/{split}-*.parquet"):
         if found := sorted(folder.glob(pattern)):
             return [example for file in found for example in _examples(file)]
@@ -72,7 +63,7 @@ def _published(folder: Path, split: str) -> list[Example]:
 def load(path: Path | None = None, split: str = "all") -> list[Example]:
     """GSM8K's examples in file order, from a folder with both published splits, downloaded (None), or from one file.
 
-    `split` is "train" or "test" as published, or "all" for one behind the other. One file alone is divided by
+    `split` is "train" or "test" as published, or "all" for train and then test. A single file is divided by
     `data.files.in_split` of the id. References are the solutions without calculator notes and without their last line.
     """
     if path is not None and path.is_file():

@@ -1,13 +1,13 @@
 """Anybody's data: a JSON Lines file with one problem per line.
 
-Every line is an object with `question` (text) and `answer` (text, number or list; optional where `rubric`,
-`reference` or completions stand for it), and optionally:
+Every line is an object with `question` (text) and `answer` (text, number or list; optional if there is a `rubric`,
+a `reference` or completions), and optionally:
 
-    id            text or a whole number; else the line number
+    id            text or a whole number; if absent, the line number
     image, images a path, or a list of paths, relative to the file and below its folder
     choices       2 to 26 texts; the answer is then one of them, or its letter
-    answer_type   "text", "integer", "float" or "list"; else read off the answer
-    precision     decimals a float answer is judged to; else those the answer is written with
+    answer_type   "text", "integer", "float" or "list"; if absent, read off the answer
+    precision     decimals to which a float answer is judged; if absent, as many as the answer is written with
     unit, reference, query    texts
     rubric        a list of texts
     completions   2 or more texts, which replace sampling for this row; rewards, as many numbers, may go with them
@@ -33,7 +33,7 @@ _FIELDS = {
 
 
 class _MissingImage(ValueError):
-    """A row names a picture that is not there."""
+    """A row names an image that is not there."""
 
 
 def _text(row: dict[str, Any], field: str) -> str | None:
@@ -62,7 +62,7 @@ def _images(row: dict[str, Any], folder: Path) -> tuple[Path, ...]:
     for name in (single,) if single else _texts(row, "images"):
         paths.append(inside(folder, name))
         if not paths[-1].is_file():
-            raise _MissingImage(f"picture {name!r} is not in {folder}")
+            raise _MissingImage(f"image {name!r} is not in {folder}")
     return tuple(paths)
 
 
@@ -77,15 +77,15 @@ def _answer(row: dict[str, Any], choices: tuple[str, ...], needed: bool) -> str:
         raise ValueError(f"answer is {value!r}; it must be text, a finite number or a list")
     answer = str(value).strip()
     if choices and answer not in choices:
-        place = ord(answer) - ord("A") if len(answer) == 1 else -1
-        if not 0 <= place < len(choices):
+        index = ord(answer) - ord("A") if len(answer) == 1 else -1
+        if not 0 <= index < len(choices):
             raise ValueError(f"answer {answer!r} is neither one of the {len(choices)} choices nor the letter of one")
-        return choices[place]
+        return choices[index]
     return answer
 
 
 def _answer_type(row: dict[str, Any], answer: str, choices: tuple[str, ...]) -> tuple[str, int | None]:
-    """(type, precision) as the row states them or else as its answer is written: "12" integer, "1.50" float to 2."""
+    """(type, precision): as the row states them, else as the answer is written, so that "1.50" is ("float", 2)."""
     kind, precision = row.get("answer_type"), row.get("precision")
     if kind is not None and kind not in ANSWER_TYPES:
         raise ValueError(f"answer_type is {kind!r}; it must be one of {', '.join(ANSWER_TYPES)}")
@@ -138,7 +138,7 @@ def _example(row: Any, number: int, folder: Path, needs_answer: bool) -> Example
     answer_type, precision = _answer_type(row, answer, choices)
     completions, rewards = _completions(row)
     return Example(
-        id=str(row["id"]) if isinstance(row.get("id"), int) else _text(row, "id") or str(number),
+        id=str(row["id"]) if type(row.get("id")) is int else _text(row, "id") or str(number),
         question=row["question"],
         answer=answer,
         images=_images(row, folder),
@@ -161,10 +161,10 @@ def load(
 ) -> list[Example]:
     """The examples of a JSON Lines file in file order; `split` "train" or "test" divides them by a hash of the id.
 
-    With `needs_answers=False` a row may be a question that nothing is known about: its answer is then "".
+    With `needs_answers=False` a row may be a question and nothing else: its answer is then "".
 
-    Raises one ValueError for all bad rows together, each with its line number: no JSON, a field missing or of the
-    wrong kind, an id used twice, a picture outside the file's folder, or a picture that does not exist (such rows are
+    Raises one ValueError for all bad rows together, each with its line number: invalid JSON, a field missing or of the
+    wrong kind, an id used twice, an image outside the file's folder, or an image that does not exist (such rows are
     left out with `skip_missing_images`).
     """
     examples: dict[str, Example] = {}

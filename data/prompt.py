@@ -1,13 +1,13 @@
-"""From an example to what the model reads: chat messages; and to what it should write: a demonstration.
+"""Turns an example into what the model reads (chat messages) and what it should write (a demonstration).
 
 The output formats are `data.example.FORMATS`. MathVista's own hints and finished query can be used instead of ours.
 """
 
 from typing import Any
 
-from data.example import FORMATS, Example
+from data.example import Example, tag_names
 
-SYSTEM_STYLES = ("prefix", "role")
+WORDINGS = ("instructed", "role", "hint", "query", "bare")
 
 # Section 2 of the MathVista prompt: what follows "Hint: Please answer the question " by kind of answer.
 _OFFICIAL_HINTS = {
@@ -23,7 +23,7 @@ _OFFICIAL_HINTS = {
 
 
 def letter(index: int) -> str:
-    """The letter of a choice by its place: A for 0."""
+    """The letter of a choice: A for 0."""
     return chr(ord("A") + index)
 
 
@@ -37,7 +37,7 @@ def official_hint(example: Example) -> str:
         kind = example.answer_type
     if kind not in _OFFICIAL_HINTS:
         raise ValueError(
-            f"example {example.id} asks for {kind!r}, which MathVista has no hint for; leave hints off for this data"
+            f"example {example.id} asks for {kind!r}, which MathVista has no hint for; choose another --wording"
         )
     return f"Hint: Please answer the question {_OFFICIAL_HINTS[kind]}"
 
@@ -50,15 +50,9 @@ def official_query(example: Example) -> str:
     return f"{official_hint(example)}\nQuestion: {example.question}{unit}{choices}".strip()
 
 
-def _tags(format: str) -> tuple[str, str]:
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
-    return FORMATS[format]
-
-
 def instruction(format: str) -> str:
     """What tells the model to write its answer in `format`; ValueError for an unknown format."""
-    reasoning, answer = _tags(format)
+    reasoning, answer = tag_names(format)
     return (
         f"Reason step by step between <{reasoning}> and </{reasoning}>. "
         f"Then give only the final answer between <{answer}> and </{answer}>."
@@ -89,49 +83,38 @@ def question_text(example: Example) -> str:
     return "\n".join([example.question, *choices, *filter(None, [_answer_form(example)])])
 
 
-def messages(
-    example: Example,
-    format: str | None = "answer",
-    *,
-    system: str = "prefix",
-    hint: bool = False,
-    query: bool = False,
-) -> list[dict[str, Any]]:
-    """The chat messages that ask for `example`, in the tokenizer's shape, with one image part per picture first.
+def messages(example: Example, wording: str = "instructed", format: str = "answer") -> list[dict[str, Any]]:
+    """The chat messages that ask for `example`, in the tokenizer's shape, with one image part per image first.
 
-    `format` names the output format whose instruction is given, as the system message (`system="role"`) or in front
-    of the user's text ("prefix", for models without that role); None gives no instruction. In place of our wording,
-    `hint` words the question as MathVista does, hint first, and `query` is the dataset's own finished prompt. Raises
-    ValueError for an unknown format or style, for both `hint` and `query`, and where the dataset has no query.
+    wording: "instructed" is our own, behind the instruction to answer in `format`; "role" has that instruction as the
+    system message, for models with that role; "hint" is MathVista's, hint first, behind our instruction; "query" is the
+    dataset's own finished prompt; "bare" is just the question. ValueError for an unknown wording or format, and if the
+    dataset has no query.
     """
-    if system not in SYSTEM_STYLES:
-        raise ValueError(f"system is {system!r}; it must be one of {', '.join(SYSTEM_STYLES)}")
-    if query and hint:
-        raise ValueError("both hint and query were asked for, but a query holds its hint already; choose one")
-    if query and example.query is None:
-        raise ValueError(f"example {example.id} brings no query of its own; leave the query option off for this data")
-    if query:
-        text = example.query
-    else:
-        text = official_query(example) if hint else question_text(example)
-    chat = []
-    if format is not None and system == "role":
-        chat.append({"role": "system", "content": [{"type": "text", "text": instruction(format)}]})
-    elif format is not None:
+    if wording not in WORDINGS:
+        raise ValueError(f"wording is {wording!r}; it must be one of {', '.join(WORDINGS)}")
+    if wording == "query" and example.query is None:
+        raise ValueError(f"example {example.id} brings no query of its own; choose another --wording")
+    text = {"query": example.query, "bare": example.question}.get(wording)
+    if text is None:
+        text = official_query(example) if wording == "hint" else question_text(example)
+    if wording in ("instructed", "hint"):
         text = f"{instruction(format)}\n\n{text}"
-    pictures = [{"type": "image"} for _ in example.images]
-    return [*chat, {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+    chat = [{"role": "user", "content": [*({"type": "image"} for _ in example.images), {"type": "text", "text": text}]}]
+    if wording == "role":
+        chat.insert(0, {"role": "system", "content": [{"type": "text", "text": instruction(format)}]})
+    return chat
 
 
 def demonstration(example: Example, format: str = "answer") -> str:
-    """A completion for supervised training: the reference solution as reasoning, the answer as it is asked for.
+    """A completion for supervised training: the reference solution as reasoning, then the answer in the asked form.
 
-    Multiple choice is answered by letter. Raises ValueError where the example has no reference solution.
+    Multiple choice is answered by letter. Raises ValueError if the example has no reference solution.
     """
     if example.reference is None:
         raise ValueError(f"example {example.id} has no reference solution to demonstrate; give its row a reference")
     answer = example.answer
     if example.question_type == "multi_choice":
         answer = letter(example.choices.index(answer))
-    reasoning_tag, answer_tag = _tags(format)
+    reasoning_tag, answer_tag = tag_names(format)
     return f"<{reasoning_tag}>{example.reference}</{reasoning_tag}>\n<{answer_tag}>{answer}</{answer_tag}>"

@@ -8,47 +8,15 @@ from random import Random
 
 from data import jsonl
 from data.example import Example
-from data.synthetic import draw, synthetic
-
-_PROBLEMS = (
-    Example("arithmetic", "What is 17 * 24?", "408", answer_type="integer"),
-    Example(
-        "word-problem",
-        "A baker makes 12 trays of 8 rolls and sells 79 of them. How many rolls are left?",
-        "17",
-        answer_type="integer",
-    ),
-    Example("algebra", "Solve 3x - 7 = 11 for x.", "6", answer_type="integer"),
-    Example(
-        "geometry",
-        "A right triangle has legs of 9 cm and 12 cm. How long is its hypotenuse?",
-        "15",
-        answer_type="integer",
-        unit="cm",
-    ),
-    Example(
-        "probability",
-        "Two fair dice are thrown. What is the probability that they show 9 in total, to two decimal places?",
-        "0.11",
-        answer_type="float",
-        precision=2,
-    ),
-    Example(
-        "logic",
-        "Anna is older than Ben, and Carl is younger than Ben. Who is the oldest?",
-        "Anna",
-        question_type="multi_choice",
-        choices=("Anna", "Ben", "Carl"),
-    ),
-)
+from data.synthetic import draw_dots, synthetic
 
 
-def built_in(*, nano: bool, pictures: bool) -> list[Example]:
+def built_in(*, nano: bool, images: bool) -> list[Example]:
     """About six problems of different kinds.
 
-    nano: held-out ones of the embedded task, the only one that the nano model knows, each of its questions once and
-    about large numbers, which its teacher got wrong.
-    Otherwise general ones, with `pictures` also one about a picture.
+    nano: held-out problems of the embedded task, the only task that the nano model knows. Each kind of question comes
+    once and about large numbers, which the model's teacher got wrong.
+    Otherwise general problems; with `images` also one about an image.
     """
     if nano:
         by_size = sorted(synthetic("test", 48, 0), key=lambda example: example.metadata["a"] * example.metadata["b"])
@@ -56,19 +24,20 @@ def built_in(*, nano: bool, pictures: bool) -> list[Example]:
         return sorted(largest.values(), key=lambda example: (not example.images, example.id))
     dots = Example(
         "counting",
-        "How many more red dots than blue dots are in the picture?",
+        "How many more red dots than blue dots are in the image?",
         "2",
-        images=(draw(5, 3, Random(0)),),
+        images=(draw_dots(5, 3, Random(0)),),
         answer_type="integer",
     )
-    return [*_PROBLEMS, dots] if pictures else list(_PROBLEMS)
+    problems = jsonl.load(Path(__file__).with_name("built_in.jsonl"))
+    return [*problems, dots] if images else problems
 
 
 def load_questions(path: Path) -> list[Example]:
-    """The questions of a file: JSON Lines as data/jsonl.py has them, the answers optional; else text, one a line.
+    """The questions of a file: JSON Lines as in data/jsonl.py with optional answers, or text with one question a line.
 
-    A question's id is the number of its line where it brings none. ValueError where the file cannot be read, holds no
-    question, or has bad rows.
+    A question without an id gets its line number. ValueError if the file cannot be read, holds no question or has bad
+    rows.
     """
     try:
         if path.suffix == ".jsonl":
@@ -77,7 +46,7 @@ def load_questions(path: Path) -> list[Example]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: it is not UTF-8 at byte {error.start}") from error
+        raise ValueError(f"{path} is no text file: it is not UTF-8 at byte {error.start}") from error
     questions = [Example(str(i), line.strip(), "") for i, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
         raise ValueError(f"{path} holds no questions; write one on each line")

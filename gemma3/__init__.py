@@ -1,7 +1,7 @@
 """Gemma 3 in plain `jax.numpy`: text and images, sampling, LoRA, and nothing that knows about training.
 
-Reading order: `config`, `layers`, `attention`, `transformer`, `vision`, `model`, then `mesh`, `lora`, `sample`. Files
-on disk are the business of `weights`, `adapter`, `tokenizer` and `image`, and of the small modules these rest on.
+Reading order: `config`, `params`, `layers`, `attention`, `transformer`, `vision`, `model`, then `mesh`, `lora`,
+`filters`, `cache`, `sample`. `tokenizer` and `image` make what a model reads; `files/` reads and writes the disk.
 
 Shapes are written with one alphabet everywhere:
 
@@ -11,12 +11,26 @@ Shapes are written with one alphabet everywhere:
     D  model width    F  MLP width           V  vocabulary    L  layers
     N  query heads    K  key/value heads     R  query heads per key/value head, N = K * R    H  head dim
     E  vision width   I  images, flattened    A  images per prompt    M  soft tokens per image
-    h, w, c  pixel height, width, channels   B  rows of a plain batch
+    h, w, c  pixel height, width, channels   B  rows of a plain batch            r  rank of an adapter
+    n, e, f  vision heads, their head dim, vision MLP width                      p  numbers of an image's patch
+
+One word means one thing, here and in the other packages:
+
+    model            a config on a mesh of devices           params           a model's weights
+    policy           params, with an adapter or without      adapter          a `Lora`, made of pairs (A, B)
+    completion       what is sampled after a prompt          group            the G completions of one prompt
+    index            a prompt's number in the stream         position         a token's place, from its prompt's start
+    t                a token's place in its completion       row              an example with its prompt
+    logps            log-probs of given tokens               token_weights    each token's weight in the loss
+    reward           a completion's value, a sum of parts    advantage        a reward relative to its group
+    step             one step of training                    update           one optimizer step; a step has one or more
+    correct          the answer is the right one             score            only MathVista's official verdicts
 """
 
 from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.image import load_image
+from gemma3.lora import Policy
 from gemma3.model import forward
 from gemma3.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "forward", "load_checkpoint", "load_image", "save_checkpoint"]
+__all__ = ["Policy", "Tokenizer", "forward", "load_checkpoint", "load_image", "save_checkpoint"]

@@ -1,7 +1,7 @@
-"""Pictures to the uint8 pixels that the vision tower reads, bit for bit as Hugging Face's Gemma3ImageProcessorPil.
+"""Images to the uint8 pixels that the vision tower reads, bit for bit as in Hugging Face's Gemma3ImageProcessorPil.
 
-Rests on Pillow, whose resizing is part of what the model was trained with. Scaling to [-1, 1] is done in vision.py, so
-that pictures travel as bytes. The aspect ratio is not kept: a picture is squashed to a square.
+It rests on Pillow: the model was trained with Pillow's resizing. Scaling to [-1, 1] is done in vision.py, so that
+images travel as bytes. The aspect ratio is not kept: an image is squashed to a square.
 """
 
 import io
@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# A picture of a few kilobytes can declare gigabytes of pixels. Below the 89 megapixels from which Pillow warns.
+# A file of a few kilobytes can declare gigabytes of pixels. The limit is below the 89 megapixels where Pillow warns.
 MAX_PIXELS = 80_000_000
 
-# Decoders inside Pillow itself; among the others, EPS starts Ghostscript on whatever the file says.
+# Only decoders inside Pillow itself: the one for EPS, for example, starts Ghostscript on whatever the file says.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # Pan-and-scan settings of the published processor.
@@ -26,7 +26,7 @@ _MIN_RATIO = 1.2
 
 
 class Readable(Protocol):
-    """Whatever gives the content of a file when asked."""
+    """Anything whose `read_bytes` returns the content of a file."""
 
     def read_bytes(self) -> bytes: ...
 
@@ -48,7 +48,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB, what is transparent on white: `convert("RGB")` alone would drop the alpha."""
+    """Convert any Pillow mode to RGB, blending alpha with white: `convert("RGB")` alone would drop the alpha."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -60,16 +60,16 @@ def _resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 def load_image(
-    source: Path | str | Readable | bytes | Image.Image, size: int | None, name: str = "the picture"
+    source: Path | str | Readable | bytes | Image.Image, size: int | None, name: str = "the image"
 ) -> np.ndarray:
-    """Read one picture as uint8[h, w, 3], RGB on white, squashed to `size` x `size` unless `size` is None.
+    """Read one image as uint8[h, w, 3], RGB on white, squashed to `size` x `size` unless `size` is None.
 
-    `source` is a path, the bytes of a file (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; of an animation the first frame),
-    anything that returns these from `read_bytes()`, or a Pillow image. A file is turned upright by its EXIF
-    orientation, as Hugging Face's loaders do; a Pillow image is taken as it stands. 16-bit grey is clipped to 255, as
-    Pillow and so the published processor do.
+    `source` is a path, the bytes of a file (PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; only an animation's first frame is
+    read), anything that returns such bytes from `read_bytes()`, or a Pillow image. A file is turned upright by its EXIF
+    orientation, as in Hugging Face's loaders; a Pillow image is taken as it is. 16-bit grey is clipped to 255, as in
+    Pillow and therefore in the published processor.
 
-    Raises ValueError naming the file, or `name` where there is none, if the picture is missing, empty, truncated,
+    Raises ValueError naming the file, or `name` where there is none, if the image is missing, empty, truncated,
     corrupt, in another format, or larger than MAX_PIXELS (known from its header, before anything is decoded).
     """
     if isinstance(source, Path | str):
@@ -95,9 +95,9 @@ def _num_crops(long: int, short: int) -> int:
 
 
 def pan_and_scan(image: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut a long picture along its longer side, so that squashing loses less of it.
+    """Cut a long image along its longer side, so that squashing loses less of it.
 
-    `image` is uint8[h, w, 3] at its own size, as `load_image(source, None)` returns it. The result is the whole picture
+    `image` is uint8[h, w, 3] at its own size, as `load_image(source, None)` returns it. The result is the whole image
     and then its 0, 2, 3 or 4 crops from left to right or top to bottom, each uint8[size, size, 3]. The prompt needs the
     number of crops, one less than the length of the list: see Tokenizer.encode_chat.
     """
@@ -105,6 +105,6 @@ def pan_and_scan(image: np.ndarray, size: int) -> list[np.ndarray]:
     long = max(height, width)
     crops = []
     if count := _num_crops(long, min(height, width)):
-        step = math.ceil(long / count)  # the last crop is the shorter one: nothing is padded
+        step = math.ceil(long / count)  # the last crop may be shorter: nothing is padded
         crops = np.split(image, range(step, long, step), axis=0 if height > width else 1)
     return [_resize(Image.fromarray(view), size) for view in [image, *crops]]

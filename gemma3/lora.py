@@ -1,66 +1,89 @@
-"""LoRA (arXiv 2106.09685) on the language layers, and where asked on the vision tower's: which projections,
-initialisation as PEFT's, and merging.
-
-`lora=None` is the base model everywhere, so a reference policy needs no second copy of the weights.
+"""LoRA (arXiv 2106.09685) on the projections of the language model and, optionally, of the vision tower: shapes, PEFT's
+initialisation, merging. Also `Policy`: a model's weights with an adapter or without.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from gemma3.config import Config, VisionConfig
+from gemma3.config import Config
+from gemma3.params import AXES, Params, axis_sizes, shape_of
 
 
-class Adapter(NamedTuple):
-    """The two factors of one projection's update, stacked over L, float32."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of scale * A · B, which is added to one projection, float32; in a `Lora` stacked over L."""
 
-    a: jax.Array  # [L, inputs..., r]
-    b: jax.Array  # [L, r, outputs...]
+    a: jax.Array  # [inputs..., r]
+    b: jax.Array  # [r, outputs...]
+    scale: float = field(metadata={"static": True})  # alpha / r: a constant
 
 
 class LoraBlock(NamedTuple):
-    """The adapters of the decoder blocks; None where a projection is not adapted."""
+    """The pairs of the decoder blocks; None where a projection is not adapted."""
 
-    q: Adapter | None = None
-    k: Adapter | None = None
-    v: Adapter | None = None
-    o: Adapter | None = None
-    gate: Adapter | None = None
-    up: Adapter | None = None
-    down: Adapter | None = None
+    q: LoraPair | None = None
+    k: LoraPair | None = None
+    v: LoraPair | None = None
+    o: LoraPair | None = None
+    gate: LoraPair | None = None
+    up: LoraPair | None = None
+    down: LoraPair | None = None
 
 
 class LoraVisionBlock(NamedTuple):
-    """The adapters of the vision tower's encoder blocks, likewise."""
+    """The pairs of the vision tower's encoder blocks, likewise."""
 
-    query: Adapter | None = None
-    key: Adapter | None = None
-    value: Adapter | None = None
-    out: Adapter | None = None
-    fc1: Adapter | None = None
-    fc2: Adapter | None = None
+    query: LoraPair | None = None
+    key: LoraPair | None = None
+    value: LoraPair | None = None
+    out: LoraPair | None = None
+    fc1: LoraPair | None = None
+    fc2: LoraPair | None = None
 
 
 TARGETS, VISION_TARGETS = LoraBlock._fields, LoraVisionBlock._fields
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Lora:
-    """A model's adapter: its arrays are the trained parameters; the scale is a constant."""
+class Lora(NamedTuple):
+    """A model's adapter."""
 
-    blocks: LoraBlock
-    scale: float = field(metadata={"static": True})
+    blocks: LoraBlock = LoraBlock()
     vision: LoraVisionBlock | None = None  # None leaves the tower as it is
+
+    @property
+    def pairs(self) -> dict[str, LoraPair]:
+        """The pairs that are not None, by the name of the projection that each adapts."""
+        named = self.blocks._asdict() | (self.vision._asdict() if self.vision else {})
+        return {name: pair for name, pair in named.items() if pair is not None}
+
+    @property
+    def r(self) -> int:
+        return next(iter(self.pairs.values())).a.shape[-1]
+
+    @property
+    def scale(self) -> float:
+        return next(iter(self.pairs.values())).scale
+
+
+class Policy(NamedTuple):
+    """Weights that answer prompts: the papers' policy, old policy and reference are each a `Policy`.
+
+    With an adapter, the reference is `Policy(params)`: it shares the policy's weights and needs no second copy.
+    """
+
+    params: Params
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """PEFT's names and meaning; ValueError for a rank or target that cannot be."""
+    """The settings of LoRA, with PEFT's names and meaning; ValueError for an impossible rank or target."""
 
     r: int = 16
     alpha: float = 16.0
@@ -81,91 +104,63 @@ class LoraConfig:
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
 
 
-def projection_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The input and output axes of each projection of a decoder block."""
-    d, f = (config.hidden_size,), (config.intermediate_size,)
-    queries, keys = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-    return {
-        "q": (d, queries),
-        "k": (d, keys),
-        "v": (d, keys),
-        "o": (queries, d),
-        "gate": (d, f),
-        "up": (d, f),
-        "down": (f, d),
-    }
-
-
-def vision_projection_shapes(config: VisionConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The same of an encoder block of the vision tower."""
-    e, f = (config.hidden_size,), (config.intermediate_size,)
-    heads = (config.num_heads, config.hidden_size // config.num_heads)
-    return {
-        "query": (e, heads),
-        "key": (e, heads),
-        "value": (e, heads),
-        "out": (heads, e),
-        "fc1": (e, f),
-        "fc2": (f, e),
-    }
-
-
 def lora_shapes(
     config: Config, r: int, scale: float, targets: Iterable[str], vision_targets: Iterable[str] = ()
 ) -> Lora:
     """An adapter of the given projections as `jax.ShapeDtypeStruct`s: nothing is allocated."""
+    sizes = axis_sizes(config) | {"r": r}
 
-    def pairs(layers: int, axes: dict, names: Iterable[str]) -> dict[str, Adapter]:
-        array = lambda *shape: jax.ShapeDtypeStruct((layers, *shape), jnp.float32)  # noqa: E731
-        return {name: Adapter(array(*axes[name][0], r), array(r, *axes[name][1])) for name in names}
+    def pairs(layers: int, names: Iterable[str]) -> dict[str, LoraPair]:
+        array = lambda name: jax.ShapeDtypeStruct((layers, *shape_of(AXES[name], sizes)), jnp.float32)  # noqa: E731
+        return {name: LoraPair(array(f"{name}.a"), array(f"{name}.b"), scale) for name in names}
 
-    blocks = LoraBlock(**pairs(config.num_layers, projection_shapes(config), targets))
+    blocks = LoraBlock(**pairs(config.num_layers, targets))
     if not vision_targets:
-        return Lora(blocks, scale)
-    tower = pairs(config.vision.num_layers, vision_projection_shapes(config.vision), vision_targets)
-    return Lora(blocks, scale, LoraVisionBlock(**tower))
+        return Lora(blocks)
+    return Lora(blocks, LoraVisionBlock(**pairs(config.vision.num_layers, vision_targets)))
 
 
 def init_lora(key: jax.Array, config: Config, lora: LoraConfig) -> Lora:
     """A ~ U(-1/sqrt(inputs), 1/sqrt(inputs)) and B = 0, PEFT's default: the adapted model starts as the base model.
 
-    ValueError where the vision tower of a text-only model is to be adapted.
+    ValueError if the vision tower is to be adapted and the model has none.
     """
     if lora.vision and config.vision is None:
         raise ValueError(f"--lora-vision adapts the vision tower, and a {config.model_type} model has none")
     shapes = lora_shapes(config, lora.r, lora.scale, lora.targets, VISION_TARGETS if lora.vision else ())
 
-    def fresh(path, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def fresh(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, factor = path[-2].name, path[-1].name
         if factor == "b":
-            return jnp.zeros(shape.shape, jnp.float32)
-        bound = np.prod(shape.shape[1:-1]) ** -0.5
+            return jnp.zeros(leaf.shape, jnp.float32)
+        _, *inputs, _ = leaf.shape
+        bound = math.prod(inputs) ** -0.5
         a_key = jax.random.fold_in(key, (TARGETS + VISION_TARGETS).index(name))
-        return jax.random.uniform(a_key, shape.shape, jnp.float32, -bound, bound)
+        return jax.random.uniform(a_key, leaf.shape, jnp.float32, -bound, bound)
 
     return jax.tree_util.tree_map_with_path(fresh, shapes)
 
 
-def merge(params, lora: Lora):
-    """The model with W + scale * A · B in place of each adapted W, a float32 sum rounded once to W's dtype.
+def merge(params: Params, lora: Lora) -> Params:
+    """The params with W + scale * A · B in place of each adapted W. The sum is float32, rounded once to W's dtype.
 
-    One layer at a time, since in float32 a whole stack is twice what it is in bfloat16. Compiled with `params` donated
-    the sums are written over the weights, and there is no second model in memory.
+    It works on one layer at a time, since a whole stack in float32 is twice its size in bfloat16. If compiled with
+    `params` donated, it writes the sums over the weights, and memory holds no second copy.
     """
 
-    def merged(weight: jax.Array, pair: Adapter) -> jax.Array:
+    def merged(weight: jax.Array, pair: LoraPair) -> jax.Array:
         a, b = jnp.asarray(pair.a), jnp.asarray(pair.b)
 
         def add(layer: jax.Array, stack: jax.Array) -> jax.Array:
             product = jnp.tensordot(a[layer], b[layer], axes=1, precision="highest")
-            return stack.at[layer].set((stack[layer].astype(jnp.float32) + lora.scale * product).astype(stack.dtype))
+            return stack.at[layer].set((stack[layer].astype(jnp.float32) + pair.scale * product).astype(stack.dtype))
 
         return jax.lax.fori_loop(0, len(weight), add, weight)
 
-    def adapted(part, adapters):
-        pairs = {name: pair for name, pair in adapters._asdict().items() if pair is not None}
-        blocks = {name: merged(getattr(part.blocks, name), pair) for name, pair in pairs.items()}
+    def merge_part(part, pairs: LoraBlock | LoraVisionBlock):
+        adapted = {name: pair for name, pair in pairs._asdict().items() if pair is not None}
+        blocks = {name: merged(getattr(part.blocks, name), pair) for name, pair in adapted.items()}
         return part._replace(blocks=part.blocks._replace(**blocks))
 
-    params = params._replace(text=adapted(params.text, lora.blocks))
-    return params if lora.vision is None else params._replace(vision=adapted(params.vision, lora.vision))
+    params = params._replace(text=merge_part(params.text, lora.blocks))
+    return params if lora.vision is None else params._replace(vision=merge_part(params.vision, lora.vision))

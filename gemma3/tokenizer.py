@@ -1,7 +1,7 @@
-"""Text to token ids and back, and Gemma's chat turns, over the `tokenizer.model` of a model directory.
+"""Text to token ids and back, and Gemma's chat turns, with the `tokenizer.model` of a model directory.
 
-Rests on sentencepiece. Ids equal those of Hugging Face's Gemma tokenizer, chat template and processor, with one
-difference, on purpose: text that spells a control token, such as `<end_of_turn>` in a question, stays text.
+It rests on sentencepiece. Ids equal those of Hugging Face's Gemma tokenizer, chat template and processor, with one
+intended difference: text that spells a control token, such as `<end_of_turn>` in a question, stays text.
 """
 
 import re
@@ -18,8 +18,8 @@ from gemma3.config import Config
 _TURN = ("<start_of_turn>", "<end_of_turn>")
 _IMAGE = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 
-# Where text is cut: after the "<" of a control string. No part holds a whole one then, and sentencepiece, which would
-# match it anywhere in the text, spells it with ordinary pieces.
+# Text is cut after the "<" of each control string. sentencepiece would match a control string anywhere in a text; but
+# now no part holds a whole one, and it is spelled with ordinary pieces.
 _INSIDE_CONTROL = re.compile(f"(?<=<)(?={'|'.join(name[1:] for name in _TURN + _IMAGE)})")
 
 
@@ -37,7 +37,7 @@ def _load_pieces(path: Path) -> SentencePieceProcessor:
 
 
 def _check_ids(pieces: SentencePieceProcessor, config: Config, path: Path) -> None:
-    """The config and the tokenizer name the same ids, or one of them belongs to another model."""
+    """ValueError if the config and the tokenizer give special tokens different ids: one belongs to another model."""
     size = pieces.get_piece_size()
     if size > config.vocab_size:
         raise ValueError(f"{path} has {size} pieces, more than the config's vocab_size {config.vocab_size}")
@@ -70,12 +70,12 @@ class Tokenizer:
     """The tokenizer of one model directory, checked against its config; immutable, so safe to share between threads.
 
     A conversation is a list of messages {"role": "system" | "user" | "assistant", "content": ...}. The content is a
-    string, or a list of {"type": "text", "text": str} and {"type": "image"} items; what else an item holds is the
-    caller's. The system message is optional, comes first and is one text; then user and assistant take turns.
+    string, or a list of {"type": "text", "text": str} and {"type": "image"} items; other keys of an item are ignored.
+    The system message is optional, comes first and is one text; then user and assistant take turns.
     """
 
     def __init__(self, directory: Path | str, config: Config):
-        """Read `directory`/tokenizer.model; ValueError if it is missing, damaged, or not the one of `config`."""
+        """Read `directory`/tokenizer.model; ValueError if it is missing or damaged, or does not fit `config`."""
         path = Path(directory) / "tokenizer.model"
         self._pieces = _load_pieces(path)
         _check_ids(self._pieces, config, path)
@@ -104,13 +104,13 @@ class Tokenizer:
         So no control id ever comes from text, and `decode` gives the text back. (A literal U+2581 comes back as a
         space: sentencepiece knows no difference.) ValueError if the text has lone surrogates, which are not Unicode.
         """
-        # As bytes, since sentencepiece's own complaint about a surrogate says nothing about the text.
+        # Python encodes the text to bytes: its error for a surrogate shows where, and sentencepiece's does not.
         return [i for part in _INSIDE_CONTROL.split(text) for i in self._pieces.encode(part.encode())]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, without control tokens (pad, bos, eos, turns, images) and rows that are no piece.
+        """The text of `ids`, without control tokens (pad, bos, eos, turns, images) and ids that have no piece.
 
-        A multi-byte character that the ids end within, or that a sampler broke, reads U+FFFD. ValueError if an id is
+        A multi-byte character that is incomplete, at the end or elsewhere, becomes U+FFFD. ValueError if an id is
         outside the vocabulary.
         """
         ids = [int(i) for i in ids]
@@ -126,9 +126,9 @@ class Tokenizer:
         return [self._pieces.id_to_piece(int(i)).replace("▁", " ") if i < size else f"<{i}>" for i in ids]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the published chat template makes of it, to be read by people.
+        """A conversation as the text that the published chat template makes of it, for people to read.
 
-        It is not for encoding: in text, a control string of a user and a control token look the same.
+        Do not encode it: in text, a user's control string and a control token look the same.
         """
         parts = self._chat(messages, add_generation_prompt)
         return "".join(part if isinstance(part, str) else self._pieces.id_to_piece(part) for part in parts)
@@ -143,9 +143,9 @@ class Tokenizer:
         """The ids of a conversation, with one bos, and each image as its block of soft tokens.
 
         `add_generation_prompt` opens the model's turn at the end. `crops` holds, for each image in order, the number of
-        crops that image.pan_and_scan made; None means none of any. The soft token blocks are in the order of the
-        pictures: an image, its crops, the next image. ValueError if the roles do not alternate, a message is not of the
-        form above, Gemma 2 is given a system message, or a model without a vision tower an image.
+        crops that image.pan_and_scan made; None means no crops. The soft token blocks are in the order of the images:
+        an image, its crops, the next image. ValueError if the roles do not alternate, a message is not of the form
+        above, Gemma 2 is given a system message, or a model without a vision tower is given an image.
         """
         parts = self._chat(messages, add_generation_prompt)
         image = self._config.start_of_image_id
@@ -186,7 +186,7 @@ class Tokenizer:
         return parts
 
     def _system(self, content: Any) -> str:
-        """What precedes the first user text: unlike every other text it is not trimmed."""
+        """What precedes the first user text. Unlike every other text, it is not trimmed."""
         if self._config.model_type == "gemma2":
             raise ValueError("Gemma 2 has no system role; put the instructions into the first user message")
         match content:

@@ -1,10 +1,12 @@
-"""One decoder block, the stack as one `lax.scan`, and the two calls everything is made of: `prefill` and `extend`.
+"""One decoder block, the stack as one `lax.scan`, and the two functions that run the stack: `prefill` and `extend`.
 
 A prompt is read once by `prefill`, which returns its keys and values; `extend` runs the G completions of each prompt
 against them. Repeating the prompt G times would give exactly the same numbers and gradients.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,25 +16,9 @@ import numpy as np
 from gemma3.attention import KeyValues, attend, by_head, own_mask, prompt_mask, shared_mask
 from gemma3.config import Config
 from gemma3.layers import gated_mlp, project, rms_norm, rope
+from gemma3.lora import LoraBlock, Policy
 from gemma3.mesh import copy_to_tensor, gather_over_data, own_kv_heads, sum_over_tensor
-
-
-class Block(NamedTuple):
-    """Weights of the decoder blocks, stacked: each array has a leading axis L. q_norm, k_norm are None in Gemma 2."""
-
-    pre_attention_norm: jax.Array  # [D]
-    q: jax.Array  # [D, N, H]
-    k: jax.Array  # [D, K, H]
-    v: jax.Array  # [D, K, H]
-    o: jax.Array  # [N, H, D]
-    q_norm: jax.Array | None  # [H]
-    k_norm: jax.Array | None  # [H]
-    post_attention_norm: jax.Array  # [D]
-    pre_mlp_norm: jax.Array  # [D]
-    gate: jax.Array  # [D, F]
-    up: jax.Array  # [D, F]
-    down: jax.Array  # [F, D]
-    post_mlp_norm: jax.Array  # [D]
+from gemma3.params import Block
 
 
 class LayerKind(NamedTuple):
@@ -56,105 +42,114 @@ def layer_kinds(config: Config) -> LayerKind:
     )
 
 
+class Layer(NamedTuple):
+    """One layer, ready for use."""
+
+    w: Block
+    lora: LoraBlock
+    kind: LayerKind
+
+
+def ready(layer: Layer, config: Config) -> Layer:
+    """One layer of a shard's stacks, with its weights joined over `data`, and k and v cut to the heads it needs."""
+    w, lora = gather_over_data((layer.w, layer.lora))
+    own = partial(own_kv_heads, num_kv_heads=config.num_kv_heads, axis=1)
+    pairs = {name: pair and replace(pair, b=own(pair.b)) for name, pair in (("k", lora.k), ("v", lora.v))}
+    return layer._replace(w=w._replace(k=own(w.k), v=own(w.v)), lora=lora._replace(**pairs))
+
+
 def block(
+    layer: Layer,
     x: jax.Array,
-    w: Block,
-    adapters,
-    kind: LayerKind,
     positions: jax.Array,
     attention: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]],
     *,
     config: Config,
-    lora_scale: float,
 ) -> tuple[jax.Array, object]:
     """One decoder block: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))).
 
-    x: [Q, G, T, D]; w, adapters: one layer's; positions: int32[Q, 1, T]. `attention` is given rotated queries
-    [Q, G, T, N, H] and keys and values [Q, K, G, T, H], and returns the mix of values and whatever the caller wants to
-    keep of the keys.
+    x: [Q, G, T, D]; positions: int32[Q, 1, T]. `attention` is given rotated queries [Q, G, T, N, H] and keys and values
+    [Q, K, G, T, H]. It returns the mixed values and whatever the caller wants to keep of keys and values.
     """
-    eps = config.norm_eps
-    h = copy_to_tensor(rms_norm(x, w.pre_attention_norm, eps))
-    q = project(h, w.q, adapters and adapters.q, lora_scale)
-    k = project(h, w.k, adapters and adapters.k, lora_scale)
-    v = project(h, w.v, adapters and adapters.v, lora_scale)
+    (w, lora, kind), eps = layer, config.norm_eps
+    h = copy_to_tensor(rms_norm(w.pre_attention_norm, x, eps))
+    q, k, v = project(w.q, h, lora.q), project(w.k, h, lora.k), project(w.v, h, lora.v)
     if config.qk_norm:
-        q, k = rms_norm(q, w.q_norm, eps), rms_norm(k, w.k_norm, eps)
+        q, k = rms_norm(w.q_norm, q, eps), rms_norm(w.k_norm, k, eps)
     q = rope(q, positions, kind.inverse_frequencies)
     k = rope(k, positions, kind.inverse_frequencies)
     mixed, kept = attention(q, by_head(k), by_head(v))
     # Each tensor shard holds some of the heads, and below some of the MLP's width: their parts are summed.
-    h = sum_over_tensor(project(mixed, w.o, adapters and adapters.o, lora_scale, axes=2))
-    x = x + rms_norm(h, w.post_attention_norm, eps)
+    h = sum_over_tensor(project(w.o, mixed, lora.o, axes=2))
+    x = x + rms_norm(w.post_attention_norm, h, eps)
 
-    h = copy_to_tensor(rms_norm(x, w.pre_mlp_norm, eps))
-    h = sum_over_tensor(gated_mlp(h, w, adapters, lora_scale))
-    x = x + rms_norm(h, w.post_mlp_norm, eps)
-    return x, kept
-
-
-def layer_weights(blocks, config: Config):
-    """One layer's weights (or adapters), ready for use: joined over `data`, of k and v the heads this shard needs."""
-    w = gather_over_data(blocks, layer=True)
-    if isinstance(w, Block):
-        return w._replace(k=own_kv_heads(w.k, config.num_kv_heads, 1), v=own_kv_heads(w.v, config.num_kv_heads, 1))
-    own = lambda pair: pair and pair._replace(b=own_kv_heads(pair.b, config.num_kv_heads, 1))  # noqa: E731
-    return w and w._replace(k=own(w.k), v=own(w.v))
+    h = copy_to_tensor(rms_norm(w.pre_mlp_norm, x, eps))
+    h = sum_over_tensor(gated_mlp(w, h, lora))
+    return x + rms_norm(w.post_mlp_norm, h, eps), kept
 
 
-def _scan(layer: Callable, x: jax.Array, blocks: Block, lora, extra, config: Config):
-    """Run `layer(x, weights, adapters, kind, extra)` over the stack.
+def stack(policy: Policy, config: Config) -> Layer:
+    """All layers, each array with the axis L."""
+    lora = policy.lora.blocks if policy.lora else LoraBlock()
+    return Layer(policy.params.text.blocks, lora, layer_kinds(config))
+
+
+def _scan(policy: Policy, x: jax.Array, run: Callable, extra, config: Config):
+    """Call `run(layer, x, extra)` for every layer of the stack; `extra` is cut along L, as the weights are.
 
     Only each layer's input is kept for the backward pass; the rest, gathered weights included, is computed again.
     """
 
     @jax.checkpoint
-    def step(x, per_layer):
-        w, adapters, kind, extra = per_layer
-        return layer(x, layer_weights(w, config), layer_weights(adapters, config), kind, extra)
+    def one_layer(x, per_layer):
+        layer, extra = per_layer
+        return run(ready(layer, config), x, extra)
 
-    return jax.lax.scan(step, x, (blocks, lora and lora.blocks, layer_kinds(config), extra))
+    return jax.lax.scan(one_layer, x, (stack(policy, config), extra))
 
 
 def prefill(
-    x: jax.Array, blocks: Block, lora, valid: jax.Array, image_blocks: jax.Array, *, config: Config
+    policy: Policy, x: jax.Array, valid: jax.Array, image_numbers: jax.Array, *, config: Config
 ) -> tuple[jax.Array, KeyValues]:
-    """Run the stack over prompts. x: [Q, P, D] embeddings, right-padded; valid: bool[Q, P]; image_blocks: int32[Q, P].
+    """Run the stack over prompts. x: [Q, P, D] embeddings, right-padded; valid: bool[Q, P]; image_numbers: int32[Q, P].
 
     Returns the last block's output [Q, P, D], and the keys and values of every layer, [L, Q, K, P, H].
     """
     positions = jnp.arange(x.shape[1])[None, None]
 
-    def layer(x, w, adapters, kind, _):
-        mask = prompt_mask(valid, image_blocks, kind.window)
+    def run(layer: Layer, x: jax.Array, _):
+        mask = prompt_mask(valid, image_numbers, layer.kind.window)
 
         def attention(q, k, v):
             kv = KeyValues(k[:, :, 0], v[:, :, 0])  # a prompt is a group of one
             return attend(q, [(kv, mask)], scale=config.query_scale, softcap=config.attention_softcap), kv
 
-        return block(x, w, adapters, kind, positions, attention, config=config, lora_scale=lora.scale if lora else 0.0)
+        return block(layer, x, positions, attention, config=config)
 
-    x, kv = _scan(layer, x[:, None], blocks, lora, None, config)
+    x, kv = _scan(policy, x[:, None], run, None, config)
     return x[:, 0], kv
 
 
-def extend(x: jax.Array, blocks: Block, lora, prompt: KeyValues, lengths: jax.Array, *, config: Config) -> jax.Array:
-    """Run the stack over completions, each row seeing its prompt, and itself causally.
+def extend(
+    policy: Policy, x: jax.Array, prompt_kv: KeyValues, prompt_lengths: jax.Array, *, config: Config
+) -> jax.Array:
+    """Run the stack over completions. Each completion sees its prompt, and itself causally.
 
-    x: [Q, G, T, D] embeddings; prompt: KeyValues of `prefill`, [L, Q, K, P, H]; lengths: int32[Q] of the prompts.
-    Returns the last block's output [Q, G, T, D].
+    x: [Q, G, T, D] embeddings; prompt_kv: [L, Q, K, P, H] from `prefill`; prompt_lengths: int32[Q]. Returns the last
+    block's output [Q, G, T, D].
     """
-    places = jnp.arange(x.shape[2])
-    positions = lengths[:, None, None] + places[None, None]  # [Q, 1, T]
+    t = jnp.arange(x.shape[2])  # each token's place in its completion
+    positions = prompt_lengths[:, None, None] + t[None, None]  # [Q, 1, T]
 
-    def layer(x, w, adapters, kind, prompt):
-        on_prompt = shared_mask(positions, lengths, jnp.zeros_like(lengths), prompt.k.shape[2], kind.window)
-        on_own = own_mask(places, places, kind.window)
+    def run(layer: Layer, x: jax.Array, prompt_kv: KeyValues):
+        window, num_keys = layer.kind.window, prompt_kv.k.shape[2]
+        on_prompt = shared_mask(positions, prompt_lengths, jnp.zeros_like(prompt_lengths), num_keys, window)
+        on_own = own_mask(t, t, window)
 
         def attention(q, k, v):
-            sets = [(prompt, on_prompt), (KeyValues(k, v), on_own)]
+            sets = [(prompt_kv, on_prompt), (KeyValues(k, v), on_own)]
             return attend(q, sets, scale=config.query_scale, softcap=config.attention_softcap), None
 
-        return block(x, w, adapters, kind, positions, attention, config=config, lora_scale=lora.scale if lora else 0.0)
+        return block(layer, x, positions, attention, config=config)
 
-    return _scan(layer, x, blocks, lora, prompt, config)[0]
+    return _scan(policy, x, run, prompt_kv, config)[0]

@@ -1,59 +1,24 @@
 """SigLIP (arXiv 2303.15343) as Gemma 3 uses it, and the projector that turns its patches into soft tokens.
 
-Plain pre-norm ViT: learned positions, biases everywhere, full attention, no class token and no pooling head. Pictures
-are split over all devices, so nothing is communicated here but the weights.
+Plain pre-norm ViT: learned positions, biases everywhere, full attention, no class token and no pooling head. Images
+are split over all devices, so only the weights are communicated here.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gemma3.config import Config, VisionConfig
 from gemma3.layers import project, rms_norm
-from gemma3.lora import Lora, LoraVisionBlock
+from gemma3.lora import LoraPair, LoraVisionBlock, Policy
 from gemma3.mesh import gather_over_data
-
-
-class VisionBlock(NamedTuple):
-    """Weights of the encoder blocks, stacked over L. n heads of e dims; f is the MLP width."""
-
-    norm1_scale: jax.Array  # [E]
-    norm1_bias: jax.Array  # [E]
-    query: jax.Array  # [E, n, e]
-    query_bias: jax.Array  # [n, e]
-    key: jax.Array  # [E, n, e]
-    key_bias: jax.Array  # [n, e]
-    value: jax.Array  # [E, n, e]
-    value_bias: jax.Array  # [n, e]
-    out: jax.Array  # [n, e, E]
-    out_bias: jax.Array  # [E]
-    norm2_scale: jax.Array  # [E]
-    norm2_bias: jax.Array  # [E]
-    fc1: jax.Array  # [E, f]
-    fc1_bias: jax.Array  # [f]
-    fc2: jax.Array  # [f, E]
-    fc2_bias: jax.Array  # [E]
-
-
-class Vision(NamedTuple):
-    """The vision tower and the projector."""
-
-    patch_kernel: jax.Array  # [patch * patch * c, E]
-    patch_bias: jax.Array  # [E]
-    position: jax.Array  # [T, E], one row per patch
-    blocks: VisionBlock
-    post_norm_scale: jax.Array  # [E]
-    post_norm_bias: jax.Array  # [E]
-    soft_norm: jax.Array  # [E]
-    projector: jax.Array  # [E, D]
+from gemma3.params import Vision, VisionBlock
 
 
 def _last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, range(like.ndim - vector.ndim))
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(scale: jax.Array, bias: jax.Array, x: jax.Array, eps: float) -> jax.Array:
     """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(axis=-1, keepdims=True)
@@ -63,85 +28,79 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def linear(
-    x: jax.Array, weight: jax.Array, bias: jax.Array, adapter=None, scale: float = 0.0, *, axes: int = 1
+    weight: jax.Array, bias: jax.Array, x: jax.Array, pair: LoraPair | None = None, *, axes: int = 1
 ) -> jax.Array:
-    y = project(x, weight, adapter, scale, axes=axes)
+    y = project(weight, x, pair, axes=axes)
     return y + _last_axis(bias, y)
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
-    """Cut pictures [I, h, w, c] into patches [I, T, patch * patch * c], row by row, each flattened as (y, x, c)."""
+    """Cut images [I, h, w, c] into patches [I, T, patch * patch * c], row by row, each flattened as (y, x, c)."""
     images, height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     x = pixels.reshape(images, rows, patch_size, columns, patch_size, channels)
     return jnp.einsum("IyaxbC->IyxabC", x).reshape(images, rows * columns, -1)
 
 
-def vision_attention(
-    x: jax.Array, w: VisionBlock, adapters: LoraVisionBlock | None = None, lora_scale: float = 0.0
-) -> jax.Array:
+def vision_attention(w: VisionBlock, x: jax.Array, lora: LoraVisionBlock) -> jax.Array:
     """Full multi-head attention over an image's patches, x: [I, T, E].
 
     Queries are taken a few at a time: the scores of all 4096 patches at once would be 1 GiB an image in float32.
     """
-    q = linear(x, w.query, w.query_bias, adapters and adapters.query, lora_scale)
-    k = linear(x, w.key, w.key_bias, adapters and adapters.key, lora_scale)
-    v = linear(x, w.value, w.value_bias, adapters and adapters.value, lora_scale)
+    q = linear(w.query, w.query_bias, x, lora.query)
+    k = linear(w.key, w.key_bias, x, lora.key)
+    v = linear(w.value, w.value_bias, x, lora.value)
     scale = q.shape[-1] ** -0.5
 
     @jax.checkpoint
-    def attend(q):  # one patch's queries, [I, n, e]
+    def attend(q: jax.Array) -> jax.Array:  # one patch's queries, [I, n, e]
         scores = scale * jnp.einsum("Ine,ISne->InS", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("InS,ISne->Ine", weights, v)
+        shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("InS,ISne->Ine", shares, v)
 
     mixed = jnp.moveaxis(jax.lax.map(attend, jnp.moveaxis(q, 1, 0), batch_size=256), 0, 1)
-    return linear(mixed, w.out, w.out_bias, adapters and adapters.out, lora_scale, axes=2)
+    return linear(w.out, w.out_bias, mixed, lora.out, axes=2)
 
 
-def vision_mlp(
-    x: jax.Array, w: VisionBlock, adapters: LoraVisionBlock | None = None, lora_scale: float = 0.0
-) -> jax.Array:
-    h = linear(x, w.fc1, w.fc1_bias, adapters and adapters.fc1, lora_scale)
-    h = jax.nn.gelu(h, approximate=True)
-    return linear(h, w.fc2, w.fc2_bias, adapters and adapters.fc2, lora_scale)
+def vision_mlp(w: VisionBlock, x: jax.Array, lora: LoraVisionBlock) -> jax.Array:
+    h = linear(w.fc1, w.fc1_bias, x, lora.fc1)
+    return linear(w.fc2, w.fc2_bias, jax.nn.gelu(h, approximate=True), lora.fc2)
 
 
-def vision_block(
-    x: jax.Array, w: VisionBlock, eps: float, adapters: LoraVisionBlock | None = None, lora_scale: float = 0.0
-) -> jax.Array:
-    x = x + vision_attention(layer_norm(x, w.norm1_scale, w.norm1_bias, eps), w, adapters, lora_scale)
-    return x + vision_mlp(layer_norm(x, w.norm2_scale, w.norm2_bias, eps), w, adapters, lora_scale)
+def vision_block(w: VisionBlock, x: jax.Array, lora: LoraVisionBlock, eps: float) -> jax.Array:
+    x = x + vision_attention(w, layer_norm(w.norm1_scale, w.norm1_bias, x, eps), lora)
+    return x + vision_mlp(w, layer_norm(w.norm2_scale, w.norm2_bias, x, eps), lora)
 
 
-def embed_patches(pixels: jax.Array, w: Vision, patch_size: int) -> jax.Array:
+def embed_patches(w: Vision, pixels: jax.Array, patch_size: int) -> jax.Array:
     """uint8 [I, h, w, 3] to [I, T, E]: values to [-1, 1], patches, a linear map, learned positions."""
     x = pixels.astype(jnp.float32) / 127.5 - 1.0
     x = patchify(x, patch_size).astype(w.patch_kernel.dtype)
-    return linear(x, w.patch_kernel, w.patch_bias) + w.position[None]
+    return linear(w.patch_kernel, w.patch_bias, x) + w.position[None]
 
 
-def encode(pixels: jax.Array, w: Vision, config: VisionConfig, lora: Lora | None = None) -> jax.Array:
+def vision_tower(w: Vision, pixels: jax.Array, lora: LoraVisionBlock, config: VisionConfig) -> jax.Array:
     """The tower's last hidden state, after its final norm: [I, T, E]."""
-    x = embed_patches(pixels, w, config.patch_size)
 
     @jax.checkpoint
-    def step(x, per_layer):
-        layer, adapters = gather_over_data(per_layer, layer=True)
-        return vision_block(x, layer, config.norm_eps, adapters, lora.scale if lora else 0.0), None
+    def one_layer(x, per_layer):
+        block, pairs = gather_over_data(per_layer)
+        return vision_block(block, x, pairs, config.norm_eps), None
 
-    x, _ = jax.lax.scan(step, x, (w.blocks, lora and lora.vision))
-    return layer_norm(x, w.post_norm_scale, w.post_norm_bias, config.norm_eps)
+    x, _ = jax.lax.scan(one_layer, embed_patches(w, pixels, config.patch_size), (w.blocks, lora))
+    return layer_norm(w.post_norm_scale, w.post_norm_bias, x, config.norm_eps)
 
 
-def project_patches(x: jax.Array, w: Vision, config: VisionConfig) -> jax.Array:
+def project_patches(w: Vision, x: jax.Array, config: VisionConfig) -> jax.Array:
     """Mean-pool patches [I, T, E] to a square of M, normalise, and map to the language model's width: [I, M, D]."""
     side, pool = config.tokens_per_side, config.patches_per_side // config.tokens_per_side
     x = x.reshape(x.shape[0], side, pool, side, pool, -1).mean(axis=(2, 4)).reshape(x.shape[0], side * side, -1)
-    return jnp.einsum("IME,ED->IMD", rms_norm(x, w.soft_norm, config.norm_eps), w.projector)
+    return jnp.einsum("IME,ED->IMD", rms_norm(w.soft_norm, x, config.norm_eps), w.projector)
 
 
-def soft_tokens(pixels: jax.Array, vision: Vision, lora: Lora | None = None, *, config: Config) -> jax.Array:
-    """Pictures uint8[I, h, w, 3] to soft tokens [I, M, D], which stand in a prompt where its image tokens are."""
+def soft_tokens(policy: Policy, pixels: jax.Array, *, config: Config) -> jax.Array:
+    """Images uint8[I, h, w, 3] to soft tokens [I, M, D], which stand in a prompt where its image tokens are."""
+    vision = policy.params.vision
     w = gather_over_data(vision._replace(blocks=None))._replace(blocks=vision.blocks)
-    return project_patches(encode(pixels, w, config.vision, lora), w, config.vision)
+    lora = (policy.lora and policy.lora.vision) or LoraVisionBlock()
+    return project_patches(w, vision_tower(w, pixels, lora, config.vision), config.vision)

@@ -1,22 +1,32 @@
 """GRPO and its variants as equations: rewards to advantages, log-probs to a loss. Arrays in, arrays out.
 
-Nothing here knows of a model, a sampler, an optimizer or a mesh. The reading order is the paper's: advantages,
-importance ratio, KL, clipped surrogate, the weight of a token, and at the end `objective`, which puts them together.
+Differences from DeepSeekMath (https://arxiv.org/abs/2402.03300, section 4.1), and the reasons:
 
-Symbols of DeepSeekMath (https://arxiv.org/abs/2402.03300, section 4.1) and their arrays, for Q prompts, G completions
-of each, and completions padded to C tokens:
+* The default loss is "dapo", the mean over tokens. The paper's loss, "grpo", is the mean over completions of each
+  completion's mean over tokens: the longer a wrong answer, the cheaper it is per token.
+* The mean over tokens is over the whole batch, not over each group as in DAPO: every token counts the same.
+* The KL term is ρ k3, not k3: the gradient of k3 belongs to another divergence (`kl_penalty`). β is 0 by default: right
+  answers can be checked, so the policy needs less restraint than with a learned reward model.
+* The standard deviation of a group's rewards has Bessel's correction, and 1e-4 is added to it: advantages stay small
+  where rewards hardly differ.
+* "cispo" bounds the weight of a token from above only, as its authors ran it; the paper's equation has both bounds.
+* An optional correction handles a sampler whose probabilities are not the trainer's (`truncated_importance_weights`).
+* A reward is one number per completion: there is no process supervision and no reward model. The reference is fixed.
 
-    rᵢ           rewards                   float32[Q, G], NaN where a completion could not be scored
+These are TRL 1.16's choices too, and its names are used. Where the papers maximise an objective J, this file returns
+the loss -J. The reading order is the paper's: advantages, importance ratio, KL, clipped surrogate, the weight of a
+token, and at the end `grpo_loss`, which puts them together.
+
+Symbols of the paper and their arrays, for Q prompts, G completions of each, and completions padded to C tokens:
+
+    rᵢ           rewards                   float32[Q, G], NaN where a completion could not be rewarded
     Âᵢ           advantages                float32[Q, G], the same for every token of a completion
     log π_θ      logps                     float32[Q, G, C], the policy in training: the only one with a gradient
     log π_old    old_logps                 float32[Q, G, C], the policy at the time of sampling
     log π_ref    ref_logps                 float32[Q, G, C], the frozen reference
     |oᵢ|         completion_mask, summed   bool[Q, G, C], True on tokens that count: through the first end of turn
 
-Masked positions may hold any finite number. All log-probs are at the sampling temperature. Where the papers maximise
-an objective J, this file returns the loss -J. The names and conventions are those of TRL 1.16. Two of them differ from
-the papers: the standard deviation of the rewards has Bessel's correction and 1e-4 added, and the mean over tokens is
-taken over the whole batch instead of each group.
+Masked positions may hold any finite number. All log-probs are at the sampling temperature.
 """
 
 from dataclasses import dataclass
@@ -55,7 +65,7 @@ def group_advantages(rewards: jax.Array, *, scale_rewards: str = "group") -> jax
     ("none", as in Dr. GRPO, https://arxiv.org/abs/2503.20783: dividing by it favours prompts that are almost always
     or almost never solved).
 
-    rewards is float32[Q, G] with all prompts of the step; NaN marks a completion that no reward could score, which
+    rewards is float32[Q, G] with all prompts of the step; NaN marks a completion that could not be rewarded, which
     takes no part in mean and standard deviation. Returns float32[Q, G]: 0 for a NaN reward and for a group of one.
     """
     check_choice("scale_rewards", scale_rewards, SCALE_REWARDS)
@@ -73,7 +83,7 @@ def leave_one_out_advantages(rewards: jax.Array) -> jax.Array:
 
         Âᵢ = rᵢ - 1/(G-1) Σⱼ≠ᵢ rⱼ = (rᵢ - mean(r)) · G/(G-1)
 
-    RLOO, https://arxiv.org/abs/2402.14740. Arguments and result as in `group_advantages`; G counts scored completions.
+    RLOO, https://arxiv.org/abs/2402.14740. Arguments and result as in `group_advantages`; G counts those with a reward.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     count = jnp.sum(~jnp.isnan(rewards), axis=-1, keepdims=True)
@@ -82,22 +92,22 @@ def leave_one_out_advantages(rewards: jax.Array) -> jax.Array:
 
 
 def zero_std_groups(rewards: jax.Array) -> jax.Array:
-    """Groups that teach nothing, because all their scored rewards are equal: float32[Q, G] to bool[Q].
+    """Groups that teach nothing, because all their rewards are equal: float32[Q, G] to bool[Q].
 
-    Its mean is the metric `frac_reward_zero_std`. In TRL a group with one scored completion does not count, and with
-    scale_rewards "batch" the metric is about the batch; here it is about groups always. DAPO's dynamic sampling
-    (https://arxiv.org/abs/2503.14476, section 3.2) draws other prompts in place of these.
+    Its mean is the metric `frac_reward_zero_std`. In TRL a group with one rewarded completion does not count, and with
+    scale_rewards "batch" the metric is about the batch; here it is always about groups. DAPO's dynamic sampling
+    (https://arxiv.org/abs/2503.14476, section 3.2) replaces these groups with those of other prompts.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     return ~(jnp.nanmax(rewards, axis=-1) > jnp.nanmin(rewards, axis=-1))
 
 
 def mask_truncated(completion_mask: jax.Array, finished: jax.Array) -> jax.Array:
-    """Takes completions that hit the length limit out of the loss: their reward says little about their tokens.
+    """Leave completions that hit the length limit out of the loss: their reward says little about their tokens.
 
     Overlong filtering of DAPO, section 3.4; TRL's `mask_truncated_completions`. completion_mask is bool[Q, G, C];
-    finished, bool[Q, G], is True where the completion ended by itself. Returns bool[Q, G, C], empty where it did not.
-    Apply it before `token_weights`.
+    finished, bool[Q, G], is True where the completion ended by itself. Returns bool[Q, G, C], all False where it did
+    not. Apply it before `token_weights`.
     """
     return completion_mask & finished[..., None]
 
@@ -105,13 +115,13 @@ def mask_truncated(completion_mask: jax.Array, finished: jax.Array) -> jax.Array
 def importance_ratio(
     logps: jax.Array, old_logps: jax.Array, completion_mask: jax.Array, *, level: str = "token"
 ) -> jax.Array:
-    """How much likelier the policy in training makes a completion than the policy that sampled it.
+    """How much likelier a completion is under the policy in training than under the policy that sampled it.
 
         token       ρᵢₜ = π_θ(oᵢₜ | q, oᵢ,<ₜ) / π_old(oᵢₜ | q, oᵢ,<ₜ)       DeepSeekMath, equation 3
         sequence    ρᵢ  = (π_θ(oᵢ | q) / π_old(oᵢ | q))^(1/|oᵢ|)            GSPO, https://arxiv.org/abs/2507.18071
 
     The sequence ratio is the geometric mean of the token ratios; its gradient reaches every token. π_old is constant:
-    where samples are used for one update only, old_logps may be logps itself, and ρ is 1 with gradient ∇log π_θ.
+    if samples are used for one update only, old_logps may be logps itself, and ρ is 1 with gradient ∇log π_θ.
 
     Returns float32[Q, G, C] for "token", float32[Q, G, 1] for "sequence"; 1 on masked positions and for empty rows.
     """
@@ -148,10 +158,10 @@ def clipped_surrogate(
 
     ratio is [Q, G, C] or [Q, G, 1], advantages [Q, G, 1]; returns the shape of ratio.
     """
-    clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon_high)
+    clipped_ratio = jnp.clip(ratio, 1 - epsilon, 1 + epsilon_high)
     if delta is not None:
         ratio = jnp.minimum(ratio, delta)
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
+    return -jnp.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
 def cispo_surrogate(ratio: jax.Array, logps: jax.Array, advantages: jax.Array, *, epsilon_high: float) -> jax.Array:
@@ -169,11 +179,11 @@ def cispo_surrogate(ratio: jax.Array, logps: jax.Array, advantages: jax.Array, *
 def truncated_importance_weights(
     old_logps: jax.Array, sampler_logps: jax.Array, completion_mask: jax.Array, *, clip_max: float
 ) -> jax.Array:
-    """Corrects for a sampler whose probabilities are not quite the trainer's: another precision or another kernel.
+    """Correct for a sampler whose probabilities are not quite the trainer's: another precision or another kernel.
 
         w = sg(min(π_old / π_sampler, C_max))
 
-    Both are with the weights at sampling time: π_old as the trainer computes it, π_sampler as the sampler did.
+    Both use the weights at sampling time; the trainer computes π_old, and the sampler computed π_sampler.
     Truncated importance sampling, https://fengyao.notion.site/off-policy-rl; TRL's "token_truncate". All arguments are
     [Q, G, C]; returns float32[Q, G, C], min(1, C_max) on masked positions.
     """
@@ -192,20 +202,20 @@ def sequence_mean(completion_mask: jax.Array) -> jax.Array:
 
 
 def token_mean(completion_mask: jax.Array) -> jax.Array:
-    """1 / Σᵢ |oᵢ|: the mean over all tokens of the batch, each alike.
+    """1 / Σᵢ |oᵢ|: the mean over all tokens of the batch; every token weighs the same.
 
-    DAPO, equation 12, and CISPO sum the lengths of each group; here they are of the whole batch, which is TRL's
-    `num_items_in_batch`. TRL's "bnpo" sums them over the micro-batch at hand, so its loss depends on how a batch is
-    cut. Here it does not, and equals TRL's with one micro-batch.
+    DAPO, equation 12, and CISPO sum the lengths over each group. Here the sum is over the whole batch, as TRL's
+    `num_items_in_batch` is. TRL's "bnpo" sums over the current micro-batch, so its loss depends on how a batch is cut.
+    Here "bnpo" does not depend on it, and equals TRL's with one micro-batch.
     """
     return completion_mask / jnp.maximum(jnp.sum(completion_mask), 1)
 
 
 def fixed_length(completion_mask: jax.Array, max_completion_length: int) -> jax.Array:
-    """1 / (QG · L): a constant, so that neither the length of a completion nor the others' changes a token's weight.
+    """1 / (QG · L): a constant. Neither the length of its completion nor the others' lengths change a token's weight.
 
-    Dr. GRPO, https://arxiv.org/abs/2503.20783. L is the length limit, not the padded width C. TRL has the rows of its
-    micro-batch for QG and divides by the number of micro-batches.
+    Dr. GRPO, https://arxiv.org/abs/2503.20783. L is the length limit, not the padded width C. TRL takes the rows of its
+    micro-batch as QG and divides by the number of micro-batches.
     """
     rows = completion_mask.shape[0] * completion_mask.shape[1]
     return completion_mask / jnp.float32(rows * max_completion_length)
@@ -227,12 +237,12 @@ def token_weights(loss_type: str, completion_mask: jax.Array, *, max_completion_
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The settings of `objective`, with TRL's names and defaults; hashable, so it can be static under `jax.jit`."""
+    """The settings of `grpo_loss`, with TRL's names and defaults; hashable, so it can be static under `jax.jit`."""
 
-    loss_type: str = "dapo"  # not "grpo", which makes a wrong answer cheaper, per token, the longer it is
+    loss_type: str = "dapo"  # not "grpo": there, the longer a wrong answer, the cheaper it is per token
     importance_sampling_level: str = "token"  # or "sequence"; "gspo" is always "sequence"
     epsilon: float = 0.2  # ε
-    epsilon_high: float | None = None  # ε_high; None: as epsilon, or 5.0 for "cispo", where it is the largest weight
+    epsilon_high: float | None = None  # ε_high; None: epsilon, or 5.0 for "cispo", where it is the largest weight
     delta: float | None = None  # δ of two-sided clipping; None: one-sided
     beta: float = 0.0  # β, the weight of the KL term; at 0 no reference log-probs are needed
     use_bias_correction_kl: bool = True  # see `kl_penalty`
@@ -270,8 +280,8 @@ class LossBatch(NamedTuple):
 
     advantages: jax.Array  # float32[Q, G]
     completion_mask: jax.Array  # bool[Q, G, C]
-    weights: jax.Array  # float32[Q, G, C], `token_weights` of the whole batch
-    old_logps: jax.Array | None  # float32[Q, G, C]; None: those of the first update, of samples used once
+    token_weights: jax.Array  # float32[Q, G, C], `token_weights` of the whole batch
+    old_logps: jax.Array | None  # float32[Q, G, C]; None: samples are used once, and the update's own logps serve
     ref_logps: jax.Array | None = None  # float32[Q, G, C], needed where beta > 0
     sampler_logps: jax.Array | None = None  # float32[Q, G, C], needed where importance_sampling_clip_max is set
 
@@ -289,10 +299,14 @@ def kl_penalty(logps: jax.Array, ratio: jax.Array, batch: LossBatch, config: Los
     return kl * ratio if config.use_bias_correction_kl else kl
 
 
-def objective(logps: jax.Array, batch: LossBatch, config: LossConfig) -> jax.Array:
-    """The loss: clipped surrogate plus β KL, each token with its weight.
+def grpo_loss(logps: jax.Array, batch: LossBatch, config: LossConfig) -> jax.Array:
+    """The loss: surrogate plus β KL, each token with its weight.
 
-        L(θ) = Σᵢ Σₜ wᵢₜ (ℓᵢₜ + β k3ᵢₜ)            DeepSeekMath, equation 3, with wᵢₜ = 1 / (QG · |oᵢ|)
+        L(θ) = Σᵢ Σₜ wᵢₜ ( sᵢₜ ℓᵢₜ + β κᵢₜ )
+
+    w: `token_weights`; ℓ: `clipped_surrogate` or `cispo_surrogate`; κ: `kl_penalty`; s: `truncated_importance_weights`
+    if importance_sampling_clip_max is set, otherwise 1. DeepSeekMath's equation 3, times -1, is the case
+    w = 1 / (QG · |oᵢ|), one ε, κ = k3: loss_type "grpo", use_bias_correction_kl False, nothing else set but ε and β.
 
     It is a plain sum, so the losses of the parts of a batch add up to the loss of the whole, and so do their gradients:
     cut logps and batch along Q, into micro-batches or shards, and add. logps is float32[Q, G, C]; returns a float32[].
@@ -311,18 +325,18 @@ def objective(logps: jax.Array, batch: LossBatch, config: LossConfig) -> jax.Arr
         )
     if config.beta > 0:
         loss += config.beta * kl_penalty(logps, ratio, batch, config)
-    return jnp.sum(batch.weights * loss)
+    return jnp.sum(batch.token_weights * loss)
 
 
 def sum_and_count(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The sum of values where mask is True and the number of True, as float32[2]: a mean that parts can add up."""
+    """The sum of values where mask is True and the number of True, as float32[2]: a mean whose parts can be added."""
     return jnp.stack([jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask, dtype=jnp.float32)])
 
 
 def clipped(ratio: jax.Array, advantages: jax.Array, config: LossConfig) -> tuple[jax.Array, jax.Array]:
-    """Where the ratio has left the clip range on the side that its advantage pushes to: below, and above; bool.
+    """Where the ratio has left the clip range on the side to which its advantage pushes: bool below, and bool above.
 
-    There the surrogate is constant, and a token has no gradient; cispo, which has no lower end, bounds its weight.
+    There the surrogate is constant, and a token has no gradient. "cispo" has no lower end; above, it bounds the weight.
     """
     if config.loss_type == "cispo":
         return jnp.zeros_like(ratio, dtype=bool), (ratio > config.clip_high) & (advantages > 0)
@@ -330,10 +344,10 @@ def clipped(ratio: jax.Array, advantages: jax.Array, config: LossConfig) -> tupl
 
 
 def loss_metrics(logps: jax.Array, batch: LossBatch, config: LossConfig) -> dict[str, jax.Array]:
-    """What to watch in the loss, under TRL's names; arguments as in `objective`, every value a `sum_and_count`.
+    """The metrics of the loss, under TRL's names; arguments as in `grpo_loss`. Every value is a `sum_and_count`.
 
-    Add the values of all parts of a batch, then divide value[0] by value[1]. Means are over tokens; of a sequence ratio
-    over rows, empty ones included, as in TRL. "ratio/mean" is not TRL's: far from 1, the samples have grown stale.
+    Add the values of a batch's parts, then divide value[0] by value[1]. Means are over tokens; means of sequence ratios
+    are over completions, empty ones included, as in TRL. "ratio/mean" is not TRL's: far from 1, the samples are stale.
     """
     mask, advantages = batch.completion_mask, batch.advantages[..., None]
     ratio = importance_ratio(logps, batch.old_logps, mask, level=config.ratio_level)

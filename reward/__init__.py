@@ -1,21 +1,19 @@
 """Rewards: text in, numbers out. Small named parts, weighted and summed for a batch of completions.
 
 A part is a plain function of (completion, example, format) in the file of its kind; `answer.py` decides what is
-right. `make_scorer("answer=2,format=1")` turns what `--reward` names into one object that scores a batch.
+right. `make_reward_function("answer=2,format=1")` turns what `--reward` names into one object that rewards a batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from data.example import FORMATS, Example
-from reward.answer import answer_reward, is_correct
-from reward.format import format_reward, graded_format_reward, read_answer
+from data.example import Example, tag_names
+from reward.answer import answer_reward
+from reward.format import format_reward, graded_format_reward
 from reward.rubric import correctness_reward, rubric_reward
 from reward.style import length_reward, overlong_reward, quality_reward, reasoning_reward, self_correction_reward
 from reward.user import TIME_LIMIT, UserReward, load_user_reward
-
-__all__ = ["PARTS", "PRESETS", "Scorer", "Scores", "is_correct", "make_scorer", "parse_weights", "read_answer"]
 
 PARTS: dict[str, Callable[[str, Example, str], float]] = {
     "format": format_reward,
@@ -43,9 +41,9 @@ PRESETS: dict[str, dict[str, float]] = {
 def parse_weights(spec: str) -> dict[str, float]:
     """The weight of each part that "answer=2,format=1", "mathvista" or "my.py:function=2,length" names.
 
-    A name without "=" has weight 1; a preset stands for its parts, each times the weight given; a part named twice
-    has the sum. ValueError for a name that is no part, preset or path/to/my.py:function, or a weight that is no
-    finite number.
+    A name without "=" has weight 1; a preset stands for its parts, each times the given weight; the weights of a part
+    that is named twice are added. ValueError for a name that is not a part, a preset or path/to/my.py:function, and
+    for a weight that is not a finite number.
     """
     weights = {}
     for item in spec.split(","):
@@ -70,18 +68,18 @@ def _parse_weight(name: str, text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The rewards of a batch of N completions. NaN: nothing could be scored, and the completion teaches nothing."""
+class Rewards:
+    """The rewards of a batch of N completions. NaN: the completion could not be rewarded, and it teaches nothing."""
 
     total: list[float]  # N weighted sums
     parts: dict[str, list[float]]  # N unweighted values for each part's name
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """Scores batches; made by `make_scorer`. Called from one thread at a time."""
+class RewardFunction:
+    """Rewards batches; made by `make_reward_function`. Called from one thread at a time."""
 
-    weights: Mapping[str, float]
+    reward_weights: Mapping[str, float]
     users: Mapping[str, UserReward]
     format: str
     max_tokens: int | None
@@ -93,7 +91,7 @@ class Scorer:
         num_tokens: Sequence[int] | None = None,
         finished: Sequence[bool] | None = None,
         prompts: Sequence[str] | None = None,
-    ) -> Scores:
+    ) -> Rewards:
         """The rewards of N completions, one example for each.
 
         `num_tokens` [N] and `finished` [N] (the completion ended by itself, not at the limit) are read by
@@ -103,7 +101,7 @@ class Scorer:
         if len(completions) != len(examples):
             raise ValueError(f"{len(completions)} completions came with {len(examples)} examples: give one for each")
         parts = {}
-        for name in self.weights:
+        for name in self.reward_weights:
             if name == OVERLONG:
                 parts[name] = self._overlong(len(completions), num_tokens, finished)
             elif name in self.users:
@@ -111,9 +109,9 @@ class Scorer:
             else:
                 rows = zip(completions, examples, strict=True)
                 parts[name] = [PARTS[name](completion, example, self.format) for completion, example in rows]
-        terms = [[weight * value for value in parts[name]] for name, weight in self.weights.items() if weight]
+        terms = [[weight * value for value in parts[name]] for name, weight in self.reward_weights.items() if weight]
         total = [float(sum(row)) for row in zip(*terms, strict=True)] if terms else [0.0] * len(completions)
-        return Scores(total, parts)
+        return Rewards(total, parts)
 
     def _overlong(self, n: int, num_tokens: Sequence[int] | None, finished: Sequence[bool] | None) -> list[float]:
         if num_tokens is None or finished is None:
@@ -123,17 +121,16 @@ class Scorer:
         return [overlong_reward(*row, self.max_tokens) for row in zip(num_tokens, finished, strict=True)]
 
 
-def make_scorer(
+def make_reward_function(
     spec: str, format: str = "answer", max_tokens: int | None = None, time_limit: float = TIME_LIMIT
-) -> Scorer:
-    """The scorer for what `--reward` says (`parse_weights`), for an output format of `data.example.FORMATS`.
+) -> RewardFunction:
+    """The reward function that `spec`, the value of `--reward`, describes (see `parse_weights`).
 
-    `max_tokens` is the longest completion the run samples, which `overlong` needs. A user's function is loaded here,
-    is called for at most `time_limit` seconds at a time, and its part has the function's name. ValueError for
-    anything of this that cannot be.
+    `format` is one of `data.example.FORMATS`. `max_tokens` is the longest completion that the run samples; `overlong`
+    needs it. A user's function is loaded here, a call of it may take `time_limit` seconds, and its part has the
+    function's name. ValueError for an argument that cannot be used.
     """
-    if format not in FORMATS:
-        raise ValueError(f"output format {format!r} is unknown: choose one of {', '.join(FORMATS)}")
+    tag_names(format)  # refuses an unknown format
     weights, users = {}, {}
     for name, weight in parse_weights(spec).items():
         if ".py:" in name:
@@ -144,4 +141,4 @@ def make_scorer(
         weights[name] = weight
     if OVERLONG in weights and max_tokens is None:
         raise ValueError("the overlong reward needs max_tokens, the longest completion in tokens")
-    return Scorer(weights, users, format, max_tokens)
+    return RewardFunction(weights, users, format, max_tokens)

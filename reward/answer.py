@@ -1,6 +1,6 @@
 """Is the answer right? One candidate in one block, compared exactly with the ground truth.
 
-Read strictly, so that a policy cannot be paid for hedging: several candidates, a range, another unit, an unevaluated
+It is read strictly, so that hedging is not paid: several candidates, a range, another unit, an unevaluated
 expression, a truncated integer or the nearest option by spelling are all wrong. Rests on `format.py` and `value.py`.
 """
 
@@ -44,14 +44,14 @@ def _same_quantity(one: Quantity | None, other: Quantity | None) -> bool:
 
 
 def _option_key(text: str, example: Example) -> str:
-    """What two texts have in common if they spell the same option: letter case only where options differ by it."""
+    """A key that is equal for texts that spell the same option; letter case counts only where options differ by it."""
     keys = {normalise(choice) for choice in example.choices}
     case_matters = len({key.casefold() for key in keys}) < len(keys)
     return normalise(text) if case_matters else normalise(text).casefold()
 
 
 def _options_by_text(text: str, example: Example) -> set[int]:
-    """The options that `text` spells out or, where none is, those of the same number and unit."""
+    """The options that `text` spells out or, if there are none, those with the same number and unit."""
     wanted = _option_key(text, example)
     same = {index for index, choice in enumerate(example.choices) if _option_key(choice, example) == wanted}
     if same:
@@ -67,7 +67,7 @@ def _option_by_letter(letter: str, example: Example) -> set[int]:
 
 
 def _options_by_single_letter(letter: str, example: Example) -> set[int]:
-    """A letter is a place. Where an option is that very letter, a small one is the option, a capital may be both."""
+    """The options that a letter may mean: by text or by place in the alphabet; text counts first for a small letter."""
     same_case = {index for index, choice in enumerate(example.choices) if strip_markup(choice) == letter}
     if letter.islower() and same_case:
         return same_case
@@ -112,7 +112,7 @@ def _rounded_number(text: str, example: Example, words: frozenset[str] = frozens
 
 
 def ground_truth(example: Example) -> Value | None:
-    """The ground truth as the value it is compared by; None where it is not a value of its own type."""
+    """The ground truth as a value to compare with; None if it is not a value of the example's answer type."""
     if example.question_type == "multi_choice":
         truth = _option_key(example.answer, example)
         return truth if any(_option_key(choice, example) == truth for choice in example.choices) else None
@@ -152,9 +152,9 @@ def is_correct(candidate: str | None, example: Example) -> bool:
 
     Multiple choice: one option by letter, by text, or by both if they agree. Integer: exactly equal. Float: equal
     after rounding both to `example.precision` decimals (no precision: exactly). List: the same numbers in the same
-    order. Text: the same number, or the same words, letter case and white space aside. Ignored round a value: mark-up,
-    the unit asked for, words of the question, "the answer is", well-formed digit grouping. False for a ground truth
-    that is not a value of its own type.
+    order. Text: the same number, or the same words up to letter case and white space. These are ignored around a value:
+    mark-up, the unit asked for, words of the question, "the answer is", well-formed digit grouping. False if the ground
+    truth is not a value of the example's answer type.
     """
     value = read_value(candidate, example)
     return value is not None and value == ground_truth(example)

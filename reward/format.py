@@ -4,7 +4,7 @@ Tags are located by looking at every "<", never with a lazy regular expression: 
 repeated or nested tags cannot pair up wrongly.
 """
 
-from data.example import FORMATS, Example
+from data.example import Example, tag_names
 
 # No completion of this size is prose with two blocks; the bound keeps ten megabytes of "<" as cheap as any text.
 MAX_ANGLE_BRACKETS = 10_000
@@ -14,32 +14,30 @@ Block = tuple[int, int]  # where the text between a pair of tags starts and ends
 
 def _tags(format: str) -> list[str]:
     """The four tags of a format in `data.example.FORMATS`: reasoning opens, closes, answer opens, closes."""
-    if format not in FORMATS:
-        raise ValueError(f"output format {format!r} is unknown: choose one of {', '.join(FORMATS)}")
-    return [tag for name in FORMATS[format] for tag in (f"<{name}>", f"</{name}>")]
+    return [tag for name in tag_names(format) for tag in (f"<{name}>", f"</{name}>")]
 
 
 def _find_tags(text: str, tags: list[str]) -> list[list[int]]:
-    """For each tag every place where it starts; nowhere in a text with `MAX_ANGLE_BRACKETS` "<" or more."""
-    places = [[] for _ in tags]
+    """For each tag all positions where it starts; none in a text with `MAX_ANGLE_BRACKETS` "<" or more."""
+    found = [[] for _ in tags]
     position = text.find("<")
     for _ in range(MAX_ANGLE_BRACKETS):
         if position < 0:
-            return places
-        for tag, found in zip(tags, places, strict=True):
+            return found
+        for tag, starts in zip(tags, found, strict=True):
             if text.startswith(tag, position):
-                found.append(position)
+                starts.append(position)
         position = text.find("<", position + 1)
     return [[] for _ in tags]
 
 
 def _has_text(text: str, start: int, end: int) -> bool:
-    """Whether more than white space stands in `text[start:end]`, looked at in pieces: a copy of it may be large."""
+    """Whether `text[start:end]` is more than white space, checked in pieces: a copy of all of it may be large."""
     return any(not text[i : min(i + 4096, end)].isspace() for i in range(start, end, 4096))
 
 
 def _block(text: str, tag: str, opens: list[int], closes: list[int]) -> Block | None:
-    """What the one `tag` and the one closing tag enclose; None for any other number of them or an empty block."""
+    """The place of the text between the one `tag` and its one closing tag; None if not one of each, or if empty."""
     if len(opens) != 1 or len(closes) != 1:
         return None
     start, end = opens[0] + len(tag), closes[0]
@@ -47,15 +45,15 @@ def _block(text: str, tag: str, opens: list[int], closes: list[int]) -> Block | 
 
 
 def _blocks(completion: str, format: str) -> tuple[Block | None, Block | None]:
-    """The reasoning block and the answer block; an answer block inside reasoning, closed or not, is none."""
+    """The reasoning block and the answer block; an answer block inside the reasoning, closed or not, does not count."""
     tags = _tags(format)
     opens, closes, answer_opens, answer_closes = _find_tags(completion, tags)
     reasoning = _block(completion, tags[0], opens, closes)
     answer = _block(completion, tags[2], answer_opens, answer_closes)
     if answer is None:
         return reasoning, None
-    last_open = max((place for place in opens if place < answer[0]), default=-1)
-    last_close = max((place for place in closes if place < answer[0]), default=-1)
+    last_open = max((start for start in opens if start < answer[0]), default=-1)
+    last_close = max((start for start in closes if start < answer[0]), default=-1)
     return reasoning, None if last_open > last_close else answer
 
 
@@ -70,7 +68,7 @@ def read_answer(completion: str, format: str = "answer") -> str | None:
 
 
 def read_reasoning(completion: str, format: str = "answer") -> str:
-    """The text of the one reasoning block, "" where there is not exactly one that is not empty."""
+    """The text of the one reasoning block; "" if there is no such block, if it is empty, or if there are several."""
     reasoning, _ = _blocks(completion, format)
     return completion[slice(*reasoning)].strip() if reasoning else ""
 

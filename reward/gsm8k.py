@@ -12,7 +12,7 @@ _ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def strict_answer(completion: str, format: str | None = None) -> str | None:
-    """The value behind the first "#### ", or with a `format` of ours the text of the first answer block; or None."""
+    """The value after the first "#### " or, with a `format` of ours, the text of the first answer block; else None."""
     if format is None:
         match = _MARKER.search(completion)
         return match.group(1) if match else None

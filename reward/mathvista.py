@@ -1,7 +1,7 @@
 """MathVista's official scoring: normalisation and verdict, the breakdown, the repository's result files.
 
-Follows evaluation/calculate_score.py of github.com/lupantech/MathVista at 53d5258 rule by rule, holes included: it pays
-for hedging and for the nearest spelling, so it reports accuracies and must not serve as a reward.
+Follows evaluation/calculate_score.py of github.com/lupantech/MathVista at 53d5258 rule by rule, loopholes included: it
+pays for hedging and for the nearest spelling, so it reports accuracies and must not serve as a reward.
 """
 
 import json
@@ -76,7 +76,7 @@ def verdict(prediction: str | None, example: Example) -> bool:
 
 
 def score(response: str, example: Example, *, scorer: str = "current", ignore_empty: bool = False) -> dict[str, Any]:
-    """One response through extraction, normalisation and verdict, under the repository's key names."""
+    """The extraction, prediction and verdict of one response, under the repository's key names."""
     extraction = extract(response, example)
     prediction = normalise(extraction, example, scorer=scorer, ignore_empty=ignore_empty)
     return {
@@ -92,7 +92,7 @@ def _accuracy(verdicts: Sequence[bool]) -> dict[str, float | int]:
 
 
 def _values(example: Example, key: str) -> list[str]:
-    """The values of `key` that an example counts under: one, or for skills each of several."""
+    """The values of `key` under which an example counts: at most one, or for skills several."""
     if key in ("question_type", "answer_type"):
         return [getattr(example, key)]
     value = example.metadata.get(key)
@@ -141,7 +141,7 @@ def _problem(example: Example) -> dict[str, Any]:
 
 
 def write_output(path: Path, examples: Sequence[Example], results: Sequence[dict[str, Any]]) -> None:
-    """Writes the repository's output file: an object by pid of each problem and what `score` returned for it."""
+    """Writes the repository's output file: for each pid, one object with the problem and the result of `score`."""
     records = {e.id: _problem(e) | result for e, result in zip(examples, results, strict=True)}
     Path(path).write_text(json.dumps(records, indent=4), encoding="utf-8")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from data.example import FORMATS, Example
 
-# A conclusion stands at the end, and a bound on the text is a bound on the time. Both in characters.
+# Both in characters. Only the end of a long text is read, where a conclusion stands; that bounds the time.
 MAX_TEXT = 20_000
 MAX_CUE_REACH = 300
 
@@ -36,7 +36,7 @@ _REFUSAL = re.compile(r"\b(?:sorry|unable|cannot|can['’]t|not (?:possible|clea
 
 
 def _inside_brace(text: str) -> str:
-    """`text` up to the brace that closes the one opened just before it."""
+    """`text` up to the brace that closes a brace opened just before `text`."""
     depth = 1
     for end, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -75,10 +75,10 @@ def _numbers(text: str) -> list[tuple[int, str]]:
 def _stated_number(sentence: str, known: set[str]) -> str | None:
     """The number that a sentence gives as its result, or None.
 
-    Numbers in `known`, those of the question, are what the sentence repeats ("3 objects preferred by more than 7
-    people"); they count only where all are known and one stands right behind "is", "=" and the like. In this order:
-    a number in bold, the last one right behind such a word, behind "total of", behind the last equals sign, behind
-    the first such word, the first.
+    Numbers in `known`, those of the question, may be mere repetition ("3 objects preferred by more than 7 people").
+    They count only if the sentence has no others, and then only right behind "is", "=" and the like. The result is the
+    last number in bold, else the last right behind such a word, else the first of the others behind "total of", behind
+    the last equals sign, behind the first such word, or anywhere.
     """
     if bold := [value for m in _BOLD.finditer(sentence) for _, value in _numbers(m.group())]:
         return bold[-1]
@@ -98,19 +98,21 @@ def _stated_number(sentence: str, known: set[str]) -> str | None:
 
 
 def _most_telling(text: str, question: str, read: Callable[[str], str | None]) -> str | None:
-    """What `read` finds in the sentence that most looks like the answer to `question`, of those where it finds any.
+    """What `read` finds in the sentence that looks most like the answer to `question`, or None if it finds nothing.
 
-    A sentence counts for repeating the question's words, for drawing a conclusion, for emphasis, for standing late.
+    In favour of a sentence: it repeats the question's words, draws a conclusion, has emphasis, stands late in the text.
     """
     asked, sentences = _content_words(question), _sentences(text)
-    best_score, best = 0.0, None
-    for place, sentence in enumerate(sentences):
+    most, best = 0.0, None
+    for number, sentence in enumerate(sentences):
         if (value := read(sentence)) is None:
             continue
         repeated = len(asked & _content_words(sentence)) / max(1, len(asked))
-        score = repeated + 0.5 * bool(_CONCLUSION.search(sentence)) + ("**" in sentence) + 0.5 * place / len(sentences)
-        if best is None or score >= best_score:
-            best_score, best = score, value
+        weight = (
+            repeated + 0.5 * bool(_CONCLUSION.search(sentence)) + ("**" in sentence) + 0.5 * number / len(sentences)
+        )
+        if best is None or weight >= most:
+            most, best = weight, value
     return best
 
 
@@ -153,7 +155,7 @@ def _option_letter(text: str, choices: tuple[str, ...]) -> str | None:
 
 
 def _yes_or_no(text: str, choices: tuple[str, ...]) -> str | None:
-    """The letter of yes or no: the first word of `text`, or whether its first sentence affirms; None where unclear."""
+    """The letter of yes or no: by the first word of `text`, else by a negation in its first sentence; or None."""
     lowered = [choice.lower() for choice in choices]
     if sorted(lowered) != ["no", "yes"]:
         return None

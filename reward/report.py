@@ -1,7 +1,7 @@
-"""What an evaluation says: figures of judged completions, as plain dicts, and the table that compares models by them.
+"""What an evaluation reports: figures of judged completions, as plain dicts, and a table that compares models.
 
 A figure is {"accuracy": mean, "interval": [low, high], "n": examples}, with Wilson's 95% interval. Each example counts
-once, with the mean over its samples: samples of one problem are no independent trials. Rests on rich for the table.
+once, with the mean over its samples: samples of one problem are not independent. Rests on rich for the table.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from data.example import Example
-from reward import gsm8k, is_correct, mathvista, read_answer
-from reward.answer import read_value
+from reward import gsm8k, mathvista
+from reward.answer import is_correct, read_value
+from reward.format import read_answer
 from reward.statistics import maj_at_k, pass_at_k, wilson_interval
 from reward.value import normalise
 
@@ -31,19 +32,18 @@ class Result(NamedTuple):
     tokens: int
 
 
-Results = Sequence[Sequence[Result]]  # for each example one result per sample, as many for all
+Results = Sequence[Sequence[Result]]  # for each example one result per sample, equally many for all
 
 
-def is_right(completion: str, example: Example, format: str) -> bool:
-    """Whether the answer, read strictly, by the code that rewards it, is the right one."""
-    answer = read_answer(completion, format)
-    return answer is not None and is_correct(answer, example)
+def completion_is_correct(completion: str, example: Example, format: str) -> bool:
+    """Whether the answer is right, read strictly by the same code that rewards it."""
+    return is_correct(read_answer(completion, format), example)
 
 
-def figure(scores: Sequence[float]) -> dict[str, Any]:
-    """The figure of one score from 0 to 1 for each example. ValueError where there are none."""
-    low, high = wilson_interval(fsum(scores), len(scores))
-    return {"accuracy": fsum(scores) / len(scores), "interval": [low, high], "n": len(scores)}
+def figure(values: Sequence[float]) -> dict[str, Any]:
+    """The figure of one number from 0 to 1 for each example. ValueError if there are none."""
+    low, high = wilson_interval(fsum(values), len(values))
+    return {"accuracy": fsum(values) / len(values), "interval": [low, high], "n": len(values)}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -51,7 +51,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """The figure of our own strict judgement, format rate, share of completions at the length limit, mean length."""
+    """The figure of our own strict judgement, the format rate, the share of cut completions and the mean length."""
     flat = [result for group in results for result in group]
     return figure([_mean([result.correct for result in group]) for group in results]) | {
         "format_rate": _mean([result.well_formed for result in flat]),
@@ -92,10 +92,10 @@ def by_metadata(results: Results, keys: Sequence[str]) -> dict[str, dict]:
     """For each key of the examples' metadata, a figure for each of its values."""
     found = {}
     for key in keys:
-        scores: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
         for group in results:
-            scores.setdefault(group[0].example.metadata[key], []).append(_mean([result.correct for result in group]))
-        found[key] = {value: figure(scores[value]) for value in sorted(scores)}
+            values.setdefault(group[0].example.metadata[key], []).append(_mean([result.correct for result in group]))
+        found[key] = {name: figure(values[name]) for name in sorted(values)}
     return found
 
 
@@ -136,31 +136,31 @@ def score_mathvista(results: Results, scorer: str) -> MathVista:
     return MathVista(examples, records, scores, figures)
 
 
-def _agreement(truth: Sequence[float], scores: Sequence[float]) -> float | None:
-    """The share of pairs with different `truth` that `scores` put in the same order, ties half; None without any."""
+def _agreement(truth: Sequence[float], values: Sequence[float]) -> float | None:
+    """The share of pairs with different `truth` that `values` put in the same order, ties half; None without pairs."""
     pairs = [(a, b) for a, x in enumerate(truth) for b, y in enumerate(truth) if x > y]
-    pairs = [(scores[a], scores[b]) for a, b in pairs if not (isnan(scores[a]) or isnan(scores[b]))]
+    pairs = [(values[a], values[b]) for a, b in pairs if not (isnan(values[a]) or isnan(values[b]))]
     return _mean([(a > b) + 0.5 * (a == b) for a, b in pairs]) if pairs else None
 
 
-def preference_accuracy(examples: Sequence[Example], scores: Sequence[Sequence[float]]) -> dict[str, Any] | None:
-    """How often `scores`, one for each completion that an example brings, prefer the one of the higher reward.
+def preference_accuracy(examples: Sequence[Example], values: Sequence[Sequence[float]]) -> dict[str, Any] | None:
+    """How often `values`, one for each given completion of an example, prefer the completion with the higher reward.
 
-    A pair of equal scores counts half; an example with several pairs counts once, with their mean. Examples without a
-    pair of different rewards, both scored (NaN is no score), are left out, and None is returned where no other is.
+    A pair counts if its rewards differ and neither of its two `values` is NaN; it counts half if they are equal. An
+    example with several pairs counts once, with their mean; one without pairs is left out. None if all are left out.
     """
-    found = [_agreement(e.completion_rewards, of_row) for e, of_row in zip(examples, scores, strict=True)]
+    found = [_agreement(e.completion_rewards, of_row) for e, of_row in zip(examples, values, strict=True)]
     comparable = [agreement for agreement in found if agreement is not None]
     return figure(comparable) if comparable else None
 
 
-def _figures_in(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+def figures_in(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
     """Every figure in nested dicts, with the keys that lead to it."""
     if "accuracy" in tree:
         yield path, tree
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key not in _NOT_SHOWN:
-            yield from _figures_in(value, (*path, key))
+        if isinstance(value, Mapping):
+            yield from figures_in(value, (*path, str(key)))
 
 
 def table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -168,7 +168,10 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     shown = Table("", "", box=None, pad_edge=False, header_style="dim")
     for heading in ("n", *figures):
         shown.add_column(heading, justify="right", no_wrap=True)
-    models = [dict(_figures_in(of_model)) for of_model in figures.values()]
+    models = [
+        {path: found for path, found in figures_in(of_model) if _NOT_SHOWN.isdisjoint(path)}
+        for of_model in figures.values()
+    ]
     last_group = None
     for path, first in models[0].items():
         *groups, name = path or ("accuracy",)

@@ -1,6 +1,6 @@
-"""Rewards from overlap of words: with rubric items, with a reference text, with the right answer in words.
+"""Rewards for words shared with rubric items, with a reference text, or with the right answer if it is in words.
 
-These give partial credit by design, for data without one checkable value. A list of keywords scores well on the
+These give partial credit by design, for data without one checkable value. A list of keywords does well on the
 rubric alone; the similarity to the reference, which counts surplus words against the completion, holds it back.
 """
 
@@ -43,17 +43,17 @@ def rubric_coverage(text: str, rubric: tuple[str, ...]) -> float:
 
 
 def rubric_reward(completion: str, example: Example, format: str = "answer") -> float:
-    """The mean of rubric coverage and similarity to the reference, of those two that the example has; NaN for none.
+    """The mean of rubric coverage and similarity to the reference, or the one that applies; NaN if neither does.
 
-    The answer block is judged, and the whole completion where there is not one: rubric data often asks for no tags.
+    The answer block is judged, or the whole completion if there is none: rubric data often asks for no tags.
     """
     text = read_answer(completion, format) or completion
-    scores = []
+    found = []
     if example.rubric:
-        scores.append(rubric_coverage(text, example.rubric))
+        found.append(rubric_coverage(text, example.rubric))
     if example.reference:
-        scores.append(token_f1(text, example.reference))
-    return sum(scores) / len(scores) if scores else nan
+        found.append(token_f1(text, example.reference))
+    return sum(found) / len(found) if found else nan
 
 
 def correctness_reward(completion: str, example: Example, format: str = "answer") -> float:

@@ -12,9 +12,9 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
 
         (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),   p = correct / n,   n = total
 
-    E. B. Wilson, JASA 22 (1927), 209-212. Unlike p +- z sqrt(p(1-p)/n) it stays within [0, 1] and has width at p = 0
-    and p = 1. `correct` may be a sum of fractions, such as pass@k over problems; the interval is then on the safe
-    side. Raises ValueError where not 0 <= correct <= total or total is 0.
+    E. B. Wilson, JASA 22 (1927), 209-212. Unlike p +- z sqrt(p(1-p)/n) it stays within [0, 1] and is wider than 0 at
+    p = 0 and p = 1. `correct` may be a sum of fractions, such as pass@k over problems; the interval is then on the safe
+    side. Raises ValueError unless 0 <= correct <= total and total > 0.
     """
     if total <= 0 or not 0 <= correct <= total:
         raise ValueError(f"{correct} of {total} is no proportion; give 0 <= correct <= total with total above 0")
@@ -33,14 +33,14 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     unless 1 <= k <= samples and 0 <= correct <= samples.
     """
     if not (1 <= k <= samples and 0 <= correct <= samples):
-        raise ValueError(f"pass@{k} of {correct} right in {samples} samples is undefined; draw at least k samples")
+        raise ValueError(f"pass@{k} of {correct} right in {samples} samples is undefined; take at least k samples")
     return 1 - comb(samples - correct, k) / comb(samples, k)
 
 
 def maj_at_k(answers: Sequence[Hashable | None], verdicts: Sequence[bool]) -> float:
     """Whether the most frequent of k answers is right: 1 or 0, or the fraction of right ones where several tie.
 
-    `answers` are normalised values, one per sample, None where there is none, which is no vote; equal answers must
+    `answers` are normalised values, one per sample; None means that there is no answer, and no vote. Equal answers must
     have equal `verdicts`. The fraction is the expectation of breaking the tie at random. 0 without any vote.
     """
     right = {answer: verdict for answer, verdict in zip(answers, verdicts, strict=True) if answer is not None}

@@ -46,13 +46,13 @@ def self_correction_reward(completion: str, example: Example, format: str = "ans
 
 
 def length_reward(completion: str, example: Example, format: str = "answer") -> float:
-    """1 for a completion of 30 to 300 words; below in proportion, above falling to 0 at 600."""
+    """1 for a completion of 30 to 300 words; in proportion below 30, and falling to 0 from 300 to 600."""
     words = len(completion[:MAX_STYLE_CHARS].split())
     return _ramp(words, 30) if words <= 300 else max(0.0, 2 - words / 300)
 
 
 def quality_reward(completion: str, example: Example, format: str = "answer") -> float:
-    """The share of different three-word runs in the reasoning, in proportion below 30 words: low for loops."""
+    """The share of distinct three-word runs in the reasoning, scaled down below 30 words: low for loops."""
     words = read_reasoning(completion, format)[:MAX_STYLE_CHARS].lower().split()
     runs = list(zip(words, words[1:], words[2:], strict=False))
     return len(set(runs)) / len(runs) * _ramp(len(words), 30) if runs else 0.0
@@ -61,7 +61,7 @@ def quality_reward(completion: str, example: Example, format: str = "answer") ->
 def overlong_reward(num_tokens: int, finished: bool, max_tokens: int, buffer: int | None = None) -> float:
     """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), in tokens: 0 down to -1.
 
-    0 up to `max_tokens - buffer` tokens, falling in a line to -1 at `max_tokens`; -1 for a completion that did not
+    0 up to `max_tokens - buffer` tokens, then falling linearly to -1 at `max_tokens`; -1 for a completion that did not
     finish, because it was cut at the limit. `buffer` defaults to a fifth of `max_tokens`, as in the paper
     (4,096 of 20,480).
     """

@@ -1,10 +1,10 @@
 """A user's own reward: `--reward path/to/my.py:function`, as (completion, example) or with TRL's signature.
 
-A reward is somebody else's code in the middle of a long run: whatever it does costs one completion its reward and
-never the run. NaN is that lost reward; the algorithm gives such a completion an advantage of 0.
+A reward is somebody else's code in the middle of a long run: whatever it does, at worst completions lose their
+rewards, and the run goes on. NaN is a lost reward; the algorithm gives such a completion an advantage of 0.
 
 Each call runs in its own daemon thread with a time limit. Python cannot stop a thread: a call that runs over its
-time is abandoned, goes on in the background, and takes processor time and any lock it holds until it returns. Later
+time is abandoned. It goes on in the background, and takes processor time and any lock it holds until it returns. Later
 calls get threads of their own and never wait for it.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 from data.example import Example
 
 TIME_LIMIT = 10.0
-# After this many calls in a row over time the rest of the batch is not asked: a function that always hangs then
-# costs a step this many time limits, not one for each completion.
+# After this many calls in a row that run over time, the function is not called for the rest of the batch. So one that
+# always hangs costs a step this many time limits, not one for each completion.
 MAX_TIMEOUTS = 3
 
 Row = tuple[str, Example, str]  # completion, example, prompt
@@ -48,8 +48,8 @@ def _finite(value: Any) -> float:
 def _call(function: Callable[[], Any], time_limit: float) -> Any:
     """`function()` in a thread of its own.
 
-    Raises TimeoutError after `time_limit` seconds and UserRewardError for whatever the function raised, SystemExit
-    and KeyboardInterrupt among it.
+    Raises TimeoutError after `time_limit` seconds and UserRewardError for whatever the function raises, even
+    SystemExit and KeyboardInterrupt.
     """
     outcome = queue.SimpleQueue()
 
@@ -75,8 +75,8 @@ def _call(function: Callable[[], Any], time_limit: float) -> Any:
 class UserReward:
     """A loaded function.
 
-    `parameters` are the names it takes by keyword, or None for all (`**columns`); `batched` if it takes TRL's lists
-    instead of one completion. Everything of the user's runs under `time_limit` seconds a call.
+    `parameters` are the names it takes by keyword, or None for all (`**columns`); `batched` is True if it takes TRL's
+    lists instead of one completion. A call may take `time_limit` seconds.
     """
 
     name: str
@@ -90,27 +90,27 @@ class UserReward:
     ) -> list[float]:
         """One reward for each completion; NaN where the function raised, gave no finite number or ran over time.
 
-        Each of those is a RuntimeWarning that names the function and the example. With TRL's signature the batch is
-        one call, and a call that raises is repeated for one completion at a time, to find the one it fails on.
-        `prompts`, for TRL's signature, are the questions where they are not given.
+        Each NaN comes with a RuntimeWarning that names the function and the example. With TRL's signature the batch is
+        one call; if it raises, it is repeated for one completion at a time, to find the one that fails. `prompts` are
+        for TRL's signature; they default to the questions.
         """
         prompts = [example.question for example in examples] if prompts is None else prompts
         rows = list(zip(completions, examples, prompts, strict=True))
         if not self.batched or len(rows) < 2:
-            return self._score_one_by_one(rows)
+            return self._reward_one_by_one(rows)
         try:
-            values = _call(lambda: self._score_together(rows), self.time_limit)
+            values = _call(lambda: self._reward_together(rows), self.time_limit)
         except TimeoutError as error:
             values = [error] * len(rows)
         except UserRewardError:
-            return self._score_one_by_one(rows)
+            return self._reward_one_by_one(rows)
         return [
             self._lose(example, value) if isinstance(value, Exception) else value
             for example, value in zip(examples, values, strict=True)
         ]
 
-    def _score_together(self, rows: Sequence[Row]) -> list[float | UserRewardError]:
-        """TRL's call: for each row its reward or why it has none; raises if that is not known row by row."""
+    def _reward_together(self, rows: Sequence[Row]) -> list[float | UserRewardError]:
+        """One call with TRL's signature: for each row its reward or its error; raises if the call as a whole failed."""
         values = list(self.function(**self._columns(rows)))
         if len(values) != len(rows):
             raise UserRewardError(f"returned {len(values)} rewards for {len(rows)} completions")
@@ -122,32 +122,29 @@ class UserReward:
                 results.append(error)
         return results
 
-    def _score_one(self, row: Row) -> float:
+    def _reward_one(self, row: Row) -> float:
         if not self.batched:
             return _finite(self.function(completion=row[0], example=row[1]))
-        result = self._score_together([row])[0]
+        result = self._reward_together([row])[0]
         if isinstance(result, UserRewardError):
             raise result
         return result
 
-    def _score_one_by_one(self, rows: Sequence[Row]) -> list[float]:
+    def _reward_one_by_one(self, rows: Sequence[Row]) -> list[float]:
         values, timeouts = [], 0
         for row in rows:
             try:
                 if timeouts == MAX_TIMEOUTS:
-                    raise TimeoutError(f"was not asked after {MAX_TIMEOUTS} calls in a row over time")
-                values.append(_call(lambda row=row: self._score_one(row), self.time_limit))
+                    raise TimeoutError(f"was not called, since {MAX_TIMEOUTS} calls in a row ran over time")
+                values.append(_call(lambda row=row: self._reward_one(row), self.time_limit))
                 timeouts = 0
-            except UserRewardError as error:
+            except (UserRewardError, TimeoutError) as error:
                 values.append(self._lose(row[1], error))
-                timeouts = 0
-            except TimeoutError as error:
-                values.append(self._lose(row[1], error))
-                timeouts = min(timeouts + 1, MAX_TIMEOUTS)
+                timeouts = min(timeouts + 1, MAX_TIMEOUTS) if isinstance(error, TimeoutError) else 0
         return values
 
     def _columns(self, rows: Sequence[Row]) -> dict[str, list]:
-        """TRL's keyword arguments: lists as long as the batch, each field and metadata key of the examples a column."""
+        """TRL's keyword arguments, lists as long as the batch: a column for each field and metadata key of examples."""
         completions, examples, prompts = map(list, zip(*rows, strict=True))
         metadata = dict.fromkeys(key for example in examples for key in example.metadata)
         columns = {key: [example.metadata.get(key) for example in examples] for key in metadata}
@@ -164,11 +161,11 @@ class UserReward:
 
 
 def load_user_reward(spec: str, time_limit: float = TIME_LIMIT) -> UserReward:
-    """The function that "path/to/my.py:function" names, its signature recognised by the names of its parameters.
+    """The function that "path/to/my.py:function" names; its signature is recognised by the names of its parameters.
 
-    `completion` and `example` (`data.example.Example`): one float for one completion. `completions`, with `prompts`
-    or any other column or `**columns`: TRL's, a list of floats for lists. TRL's conversational form is not used:
-    a completion is always a string. ValueError for a path, a name or a signature that is none of these.
+    With `completion` and `example` (`data.example.Example`) it returns one float for one completion. With `completions`
+    (and `prompts`, other columns or `**columns`) it has TRL's signature: it takes lists and returns a list of floats.
+    Completions are always strings, never in TRL's conversational form. ValueError for anything else.
     """
     path, _, name = spec.rpartition(":")
     function = getattr(_import(Path(path)), name, None)
@@ -186,7 +183,7 @@ def load_user_reward(spec: str, time_limit: float = TIME_LIMIT) -> UserReward:
 
 
 def _import(path: Path):
-    """The module in a file, under a name of its own; ValueError where there is none or its import fails."""
+    """Import a file as a module with a name of its own; ValueError if there is no file or its import fails."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give --reward path/to/my.py:function")
     name = f"user_reward_{path.stem}"

@@ -6,76 +6,21 @@ instead of being skipped over. Texts here are short (`answer.py` bounds them), s
 """
 
 import re
+import tomllib
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
 Quantity = tuple[Fraction, frozenset[str]]  # a number and the units written with it, by the names in UNITS
 
 # Python refuses to read integers of over 4,300 digits, and nobody asks for one.
 MAX_NUMBER_CHARS = 1000
 
-# Spellings of the units that questions ask for. A symbol may touch its number ("60km"), any other word may not.
-_SPELLINGS = {
-    "millimetre": "mm millimeter millimeters millimetre millimetres",
-    "centimetre": "cm centimeter centimeters centimetre centimetres",
-    "metre": "m meter meters metre metres",
-    "kilometre": "km kilometer kilometers kilometre kilometres",
-    "inch": "inch inches",
-    "foot": "ft foot feet",
-    "yard": "yd yard yards",
-    "mile": "mi mile miles",
-    "milligram": "mg milligram milligrams",
-    "gram": "g gram grams gramme grammes",
-    "kilogram": "kg kilogram kilograms kilo kilos",
-    "ounce": "oz ounce ounces",
-    "pound": "lb lbs pound pounds £ gbp",
-    "millilitre": "ml milliliter milliliters millilitre millilitres",
-    "litre": "l L liter liters litre litres",
-    "gallon": "gal gallon gallons",
-    "second": "s sec secs second seconds",
-    "minute": "min mins minute minutes",
-    "hour": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "yr yrs year years",
-    "dollar": "$ usd dollar dollars",
-    "cent": "¢ cent cents",
-    "euro": "€ eur euro euros",
-    "yuan": "cny rmb yuan",
-    "yen": "¥ jpy yen",
-    "rupee": "₹ inr rupee rupees",
-    "degree": "° deg degree degrees",
-    "celsius": "°c celsius",
-    "fahrenheit": "°f fahrenheit",
-    "percent": "% percent percentage",
-    "metre per second": "m/s",
-    "kilometre per hour": "km/h kmh kph",
-    "mile per hour": "mph",
-}
-UNITS = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
-
-
-def _word_set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-# Words of a short sentence round a value that say nothing about the value itself.
-_NEUTRAL = _word_set("""
-    a an the answer final correct result solution value total number sum is are was were be will has have had there it
-    this that he she they we i you us his her its their our of in so thus therefore hence equals equal which then gives
-    get got s my your ans altogether overall
-""")
-# Words that turn a value into a guess, a bound, a denial, a multiple or a second candidate, whatever the question.
-_SPOILERS = _word_set("""
-    not no never neither nor none isn't wasn't aren't or either maybe perhaps possibly probably approximately approx
-    roughly circa between except but unless if than versus vs instead plus minus negative times divided hundred hundreds
-    thousand thousands million millions billion billions dozen dozens half quarter third twice double triple zero one
-    two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
-""")
-# Words that are harmless in a sentence ("minutes to get home") and make a bound or an estimate of the next number.
-_BOUNDS = _word_set("about around over under above below nearly almost least most to up from past before after only")
+_WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+# The unit of each spelling.
+UNITS = {spelling: unit for unit, spellings in _WORDS["units"].items() for spelling in spellings.split()}
+_NEUTRAL, _SPOILERS, _BOUNDS = (frozenset(_WORDS[kind].split()) for kind in ("neutral", "spoilers", "bounds"))
 
 _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _MINUS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-")
@@ -166,7 +111,7 @@ def _plain_text(text: str) -> str:
 def strip_markup(text: str) -> str:
     """`text` in plain characters, without the Markdown and LaTeX that only change how it looks.
 
-    A mark-up command this does not know stays in the text, where no reader below accepts it.
+    An unknown mark-up command stays in the text, and then no reader below accepts the text.
     """
     text = _plain_text(text)
     for pattern, replacement in _MARKUP:
@@ -175,7 +120,7 @@ def strip_markup(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """`text` without the brackets or quotation marks round all of it, without a full stop behind them."""
+    """`text` without brackets or quotation marks around all of it, and without a full stop behind them."""
     for _ in range(3):
         match = _ENCLOSED.fullmatch(text)
         if not match:
@@ -197,7 +142,7 @@ def normalise(text: str) -> str:
 
 
 def _is_value(match: re.Match) -> bool:
-    """Whether a match of `_NUMBER` holds digits and, if it is a fraction, a denominator; "3 4/3" is no mixed number."""
+    """Whether a match of `_NUMBER` has digits and, in a fraction, a denominator above 0; "3 4/3" is no mixed number."""
     if len(match[0]) > MAX_NUMBER_CHARS:
         return False
     if match["over"] is None:
@@ -291,7 +236,7 @@ def read_quantity(text: str, words: frozenset[str], units: frozenset[str]) -> Qu
 
 
 def _is_harmless(word: str, words: frozenset[str], units: frozenset[str], gap: int | None) -> bool:
-    """Whether `word` leaves the number what it is, `gap` characters behind the number or (None) before it.
+    """Whether `word`, `gap` characters behind the number or (None) before it, leaves the number as it is.
 
     Only a unit may touch the number, and a single letter behind it is a factor: "angle H is 42", but not "42 x".
     """

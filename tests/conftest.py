@@ -23,7 +23,7 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Drop what a file compiled: each program holds memory maps, of which Linux gives a process 65,530."""
+    """Drop the programs that a test file compiled: each holds memory maps, and Linux gives a process only 65,530."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -31,7 +31,7 @@ def forget_compiled_programs():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data beside the checkout; tests that need it are skipped where it is not."""
+    """The folder of real data beside the checkout; tests that need it are skipped if it is absent."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data is not at {SHARED_DATA}")
     return SHARED_DATA

@@ -10,10 +10,11 @@ import torch
 from oracle import Pair, by_row, hf_logits, one
 
 from gemma3 import transformer, vision
-from gemma3.attention import image_blocks
+from gemma3.attention import number_images
 from gemma3.layers import rms_norm
+from gemma3.lora import LoraVisionBlock, Policy
 from gemma3.mesh import on_one_device
-from gemma3.model import embed, logits_of, place_soft_tokens
+from gemma3.model import embed, insert_soft_tokens, logits_of
 
 
 @cache
@@ -21,34 +22,36 @@ def _one_layer(config):
     return on_one_device(transformer.prefill, config=config)
 
 
-def layer_outputs(pair: Pair, ids: np.ndarray, pictures=None) -> dict[str, np.ndarray]:
-    """The output of each layer in turn, by name: ids int32[B, T] right-padded; pictures as `forward` takes them."""
+def layer_outputs(pair: Pair, ids: np.ndarray, images=None) -> dict[str, np.ndarray]:
+    """The output of each layer in turn, by name: ids int32[B, T] right-padded; images as `forward` takes them."""
     _, config, params = pair
     outputs, soft = {}, None
-    if pictures:
-        w, pixels = params.vision, np.stack([picture for row in pictures for picture in row])
-        x = outputs["vision embedding"] = vision.embed_patches(pixels, w, config.vision.patch_size)
+    if images:
+        w, pixels = params.vision, np.stack([image for row in images for image in row])
+        x = outputs["vision embedding"] = vision.embed_patches(w, pixels, config.vision.patch_size)
         for i in range(config.vision.num_layers):
-            x = outputs[f"vision layer {i}"] = vision.vision_block(x, one(w.blocks, i), config.vision.norm_eps)
-        x = vision.layer_norm(x, w.post_norm_scale, w.post_norm_bias, config.vision.norm_eps)
-        soft = outputs["projector"] = vision.project_patches(x, w, config.vision)
+            block, eps = one(w.blocks, i), config.vision.norm_eps
+            x = outputs[f"vision layer {i}"] = vision.vision_block(block, x, LoraVisionBlock(), eps)
+        x = vision.layer_norm(w.post_norm_scale, w.post_norm_bias, x, config.vision.norm_eps)
+        soft = outputs["projector"] = vision.project_patches(w, x, config.vision)
 
-    x = on_one_device(embed)(ids, params.text.embedding)
+    x = on_one_device(embed)(params.text.embedding, ids)
     if soft is not None:
-        x = place_soft_tokens(x, ids, by_row(soft, pictures), config.image_token_id)
+        x = insert_soft_tokens(x, ids, by_row(soft, images), config.image_token_id)
     outputs["embedding"] = x
-    blocks_of_images = image_blocks(jnp.asarray(ids), config.image_token_id)
+    image_numbers = number_images(jnp.asarray(ids), config.image_token_id)
     for i, kind in enumerate(config.layer_types):
         layer = jax.tree.map(lambda a, i=i: a[i : i + 1], params.text.blocks)
+        policy = Policy(params._replace(text=params.text._replace(blocks=layer)))
         prefill = _one_layer(replace(config, num_layers=1, layer_types=(kind,)))
-        x = outputs[f"layer {i}"] = prefill(x, layer, None, ids != config.pad_id, blocks_of_images)[0]
-    x = outputs["final norm"] = rms_norm(x, params.text.final_norm, config.norm_eps)
-    outputs["logits"] = logits_of(x, params.text.embedding, config=config)
+        x = outputs[f"layer {i}"] = prefill(policy, x, ids != config.pad_id, image_numbers)[0]
+    x = outputs["final norm"] = rms_norm(params.text.final_norm, x, config.norm_eps)
+    outputs["logits"] = logits_of(params.text.embedding, x, config=config)
     return {name: np.asarray(output) for name, output in outputs.items()}
 
 
 @torch.no_grad()
-def hf_layer_outputs(hf: torch.nn.Module, ids: np.ndarray, pictures=None) -> dict[str, np.ndarray]:
+def hf_layer_outputs(hf: torch.nn.Module, ids: np.ndarray, images=None) -> dict[str, np.ndarray]:
     """`layer_outputs` of the Hugging Face model, taken by hooks."""
     outputs, handles = {}, []
     text = hf.model.language_model if hasattr(hf.model, "language_model") else hf.model
@@ -59,7 +62,7 @@ def hf_layer_outputs(hf: torch.nn.Module, ids: np.ndarray, pictures=None) -> dic
 
     first = lambda _, inputs: outputs.__setitem__("embedding", inputs[0].numpy())  # noqa: E731
     handles.append(text.layers[0].register_forward_pre_hook(first))
-    if pictures:
+    if images:
         tower = hf.model.vision_tower
         keep("vision embedding", tower.embeddings)
         for i, layer in enumerate(tower.encoder.layers):
@@ -68,15 +71,15 @@ def hf_layer_outputs(hf: torch.nn.Module, ids: np.ndarray, pictures=None) -> dic
     for i, layer in enumerate(text.layers):
         keep(f"layer {i}", layer)
     keep("final norm", text.norm)
-    outputs["logits"] = hf_logits(hf, ids, pictures).numpy()
+    outputs["logits"] = hf_logits(hf, ids, images).numpy()
     for handle in handles:
         handle.remove()
     return outputs
 
 
-def first_difference(pair: Pair, ids: np.ndarray, pictures=None, rtol: float = 1e-5) -> str | None:
+def first_difference(pair: Pair, ids: np.ndarray, images=None, rtol: float = 1e-5) -> str | None:
     """The name of the first layer whose output differs from Hugging Face's on real tokens, or None."""
-    ours, theirs = layer_outputs(pair, ids, pictures), hf_layer_outputs(pair.hf, ids, pictures)
+    ours, theirs = layer_outputs(pair, ids, images), hf_layer_outputs(pair.hf, ids, images)
     assert ours.keys() == theirs.keys()
     for name, have in ours.items():
         want = theirs[name]

@@ -18,8 +18,8 @@ from tiny_models import IMAGE_ID, tiny_gemma2_config, tiny_model, tiny_multimoda
 from gemma3.config import Config
 from gemma3.files.weights import load_checkpoint
 from gemma3.lora import Lora, LoraBlock, LoraConfig, LoraVisionBlock, init_lora
-from gemma3.mesh import make_mesh, partition_specs
-from gemma3.model import Params
+from gemma3.mesh import Model, make_mesh
+from gemma3.params import Params
 
 torch.set_num_threads(1)
 
@@ -89,14 +89,14 @@ def random_lora(config: Config, r: int = 3, alpha: float = 6.0, vision: bool = F
     """An adapter of every projection whose B is not zero, so that it does something and A has a gradient."""
     lora = init_lora(jax.random.key(3), config, LoraConfig(r, alpha, vision=vision))
     keys = iter(jax.random.split(jax.random.key(4), 13))
-    fill = lambda pair: pair._replace(b=0.05 * jax.random.normal(next(keys), pair.b.shape))  # noqa: E731
+    fill = lambda pair: replace(pair, b=0.05 * jax.random.normal(next(keys), pair.b.shape))  # noqa: E731
     tower = LoraVisionBlock(*map(fill, lora.vision)) if vision else None
-    return replace(lora, blocks=LoraBlock(*map(fill, lora.blocks)), vision=tower)
+    return Lora(LoraBlock(*map(fill, lora.blocks)), tower)
 
 
-def drawn(picture: str) -> np.ndarray:
-    """A mask from its picture: one line a query, one column a key, 1 where the query sees the key."""
-    return np.array([[cell == "1" for cell in row.split()] for row in picture.strip().splitlines()])
+def drawn(drawing: str) -> np.ndarray:
+    """A mask from its drawing: one line a query, one column a key, 1 where the query sees the key."""
+    return np.array([[cell == "1" for cell in row.split()] for row in drawing.strip().splitlines()])
 
 
 def one(stacked, layer: int):
@@ -116,13 +116,13 @@ def pixels(images: int, size: int = 56, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (images, size, size, 3), dtype=np.uint8)
 
 
-def pixel_values(pictures: np.ndarray) -> torch.Tensor:
+def pixel_values(images: np.ndarray) -> torch.Tensor:
     """uint8[I, h, w, 3] as Hugging Face's processor hands it to the model: float32[I, 3, h, w] in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def picture_prompts() -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """Four right-padded prompts, longer than the window of 8: two pictures, none, one, and one that comes first."""
+def image_prompts() -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """Four right-padded prompts, longer than the window of 8: two images, none, one, and one that comes first."""
     image = [377, *[IMAGE_ID] * 4, 378]
     rows = [
         [2, 11, *image, 12, 13, *image, 14, 15, 16, 17],
@@ -137,31 +137,31 @@ def picture_prompts() -> tuple[np.ndarray, list[list[np.ndarray]]]:
     return ids, [[a, b], [], [c], [d]]
 
 
-def by_row(flat: np.ndarray, pictures) -> np.ndarray:
-    """What was computed of each picture, [I, ...], as the model takes it: [Q, A, ...], each row's first."""
-    rows = np.zeros((len(pictures), max(map(len, pictures)), *flat.shape[1:]), flat.dtype)
+def by_row(flat: np.ndarray, images) -> np.ndarray:
+    """Values of each image, [I, ...], in the shape that the model takes: [Q, A, ...], padded with zeros."""
+    rows = np.zeros((len(images), max(map(len, images)), *flat.shape[1:]), flat.dtype)
     values = iter(np.asarray(flat))
-    for row, own in zip(rows, pictures, strict=True):
+    for row, own in zip(rows, images, strict=True):
         for place in range(len(own)):
             row[place] = next(values)
     return rows
 
 
-def hf_logits(hf: torch.nn.Module, ids: np.ndarray, pictures=None) -> torch.Tensor:
-    """Hugging Face's float32 logits of right-padded ids, [B, T, V]; `pictures` as `forward` takes them."""
+def hf_logits(hf: torch.nn.Module, ids: np.ndarray, images=None) -> torch.Tensor:
+    """Hugging Face's float32 logits of right-padded ids, [B, T, V]; `images` as `forward` takes them."""
     ids = torch.from_numpy(np.asarray(ids, np.int64))
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    flat = [picture for row in pictures or [] for picture in row]
+    flat = [image for row in images or [] for image in row]
     if flat:
         inputs |= {"pixel_values": pixel_values(np.stack(flat)), "token_type_ids": (ids == IMAGE_ID).long()}
     return hf(**inputs, use_cache=False).logits
 
 
 def sharded(function: Callable, params, config: Config, mesh: tuple[int, int], in_specs, out_specs) -> Callable:
-    """Jit `function(params, *args)` as training runs it: over a mesh, parameters split by the table, with jax checking
-    what is the same on which device. `out_specs` may name "params", for results split as the parameters are."""
+    """Jit `function(params, *args)` as training runs it: over a mesh, with split parameters; jax checks which values
+    are the same on which devices. `out_specs` may name "params", for results that are split like the parameters."""
     mesh = make_mesh(*mesh)
-    specs = partition_specs(params, config, mesh)
+    specs = Model(config, mesh).specs(params)
     out_specs = jax.tree.map(lambda spec: specs if spec == "params" else spec, out_specs)
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=True))
 
@@ -180,7 +180,7 @@ def plain(tree):
 
 
 def assert_same_samples(found: list[dict], expected: list[dict]) -> None:
-    """Lines of samples.jsonl: equal but for rounding in what is said of each token's probability."""
+    """The lines of samples.jsonl are equal, up to rounding in the tokens' logps and ratios."""
     for one, other in zip(found, expected, strict=True):
         for completion, same in zip(one["completions"], other["completions"], strict=True):
             for name in ("logps", "ratios"):

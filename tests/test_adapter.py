@@ -1,5 +1,5 @@
-"""LoRA adapters, of the vision tower too, go both ways between PEFT and here with the same logits; more than plain
-LoRA is refused."""
+"""LoRA adapters, also of the vision tower, go both ways between PEFT and here with the same logits. Anything beyond
+plain LoRA is refused."""
 
 import json
 from dataclasses import replace
@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_weights import logits_of_transformers, prompt
 from tiny_models import tiny_model, tiny_multimodal_config, tiny_text_config
 
-from gemma3.config import NANO
 from gemma3.files.adapter import load_adapter, save_adapter
+from gemma3.files.published import NANO
 from gemma3.files.weights import load_checkpoint
-from gemma3.lora import LoraConfig, init_lora
-from gemma3.mesh import make_mesh, shardings
+from gemma3.lora import LoraConfig, Policy, init_lora
+from gemma3.mesh import Model, make_mesh
 from gemma3.model import forward
 
 torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def test_what_peft_saves_gives_its_logits_here(case, base, tmp_path):
     expected = save_with_peft(kind, tmp_path, given, target_modules=modules(kind, *names), **settings)
     assert np.abs(expected - plain).max() > 0.05
     lora = load_adapter(tmp_path, config)
-    np.testing.assert_allclose(forward(params, *given, config=config, lora=lora), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(forward(Policy(params, lora), *given, config=config), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -87,7 +87,7 @@ def test_what_is_saved_here_gives_the_same_logits_in_peft(case, base, tmp_path):
     settings = SETTINGS[case][0]
     lora = random_lora(config, settings)
     save_adapter(tmp_path / "adapter", config, lora, "google/gemma-3-4b-it", rslora=settings.rslora)
-    expected = forward(params, *given, config=config, lora=lora)
+    expected = forward(Policy(params, lora), *given, config=config)
     assert np.abs(expected - plain).max() > 0.05
     adapted = peft.PeftModel.from_pretrained(base_model(kind), tmp_path / "adapter").eval()
     np.testing.assert_allclose(logits_of_transformers(adapted, *given), expected, atol=1e-5, rtol=0)
@@ -126,8 +126,8 @@ def test_what_peft_saves_of_both_towers_gives_its_logits_here(targets, adapted, 
     expected = save_with_peft("multimodal", tmp_path, given, target_modules=targets, r=5, lora_alpha=7)
     lora = load_adapter(tmp_path, config)
     assert [name for name, pair in lora.vision._asdict().items() if pair is not None] == adapted
-    np.testing.assert_allclose(forward(params, *given, config=config, lora=lora), expected, atol=1e-5, rtol=0)
-    text_only = forward(params, *given, config=config, lora=replace(lora, vision=None))
+    np.testing.assert_allclose(forward(Policy(params, lora), *given, config=config), expected, atol=1e-5, rtol=0)
+    text_only = forward(Policy(params, lora._replace(vision=None)), *given, config=config)
     assert np.abs(expected - text_only).max() > 0.01
 
 
@@ -136,8 +136,8 @@ def test_what_is_saved_here_of_both_towers_is_as_peft_saves_it_and_gives_the_sam
     kind, _, (config, params), given, _ = base
     lora = random_lora(config, LoraConfig(r=5, alpha=7.0, targets=("q", "down"), vision=True))
     save_adapter(tmp_path / "ours", config, lora, "google/gemma-3-4b-it")
-    expected = forward(params, *given, config=config, lora=lora)
-    text_only = forward(params, *given, config=config, lora=replace(lora, vision=None))
+    expected = forward(Policy(params, lora), *given, config=config)
+    text_only = forward(Policy(params, lora._replace(vision=None)), *given, config=config)
     assert np.abs(expected - text_only).max() > 0.01
     adapted = peft.PeftModel.from_pretrained(base_model(kind), tmp_path / "ours").eval()
     np.testing.assert_allclose(logits_of_transformers(adapted, *given), expected, atol=1e-5, rtol=0)
@@ -154,7 +154,7 @@ def test_on_a_mesh_an_adapter_is_split_as_its_layers_are(base, tmp_path):
     mesh = make_mesh(2, 4)
     whole, split = load_adapter(tmp_path / "adapter", config), load_adapter(tmp_path / "adapter", config, mesh)
     jax.tree.map(np.testing.assert_array_equal, split, whole)
-    assert jax.tree.map(lambda x: x.sharding, split) == shardings(whole, config, mesh)
+    assert jax.tree.map(lambda x: x.sharding, split) == Model(config, mesh).shardings(whole)
 
 
 @pytest.fixture

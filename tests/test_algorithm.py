@@ -32,12 +32,12 @@ from grpo.algorithm import (
     cispo_surrogate,
     clipped_surrogate,
     group_advantages,
+    grpo_loss,
     importance_ratio,
     kl_k3,
     leave_one_out_advantages,
     loss_metrics,
     mask_truncated,
-    objective,
     token_weights,
     truncated_importance_weights,
     zero_std_groups,
@@ -144,7 +144,7 @@ def loss_batch(trl, config: LossConfig) -> LossBatch:
     return LossBatch(
         advantages=groups(trl.inputs["advantages"]),
         completion_mask=MASK,
-        weights=weights,
+        token_weights=weights,
         old_logps=groups(trl.inputs["old_per_token_logps"]),
         ref_logps=groups(trl.inputs["ref_per_token_logps"]),
         sampler_logps=groups(trl.inputs["sampler_logps"]),
@@ -163,7 +163,7 @@ def assert_equals_trl(trl, config: LossConfig):
     trl_gradients = torch.autograd.grad(trl_loss, parameters)
 
     batch = loss_batch(trl, config)
-    loss, logps_gradient = jax.value_and_grad(objective)(groups(trl.logps), batch, config)
+    loss, logps_gradient = jax.value_and_grad(grpo_loss)(groups(trl.logps), batch, config)
     gradients = torch.autograd.grad(trl.logps, parameters, rows(logps_gradient), retain_graph=True)
 
     np.testing.assert_allclose(loss, trl_loss.item(), rtol=1e-5, atol=1e-5)
@@ -207,7 +207,7 @@ def test_two_sided_clipping_equals_trl(trl, loss_type, level):
     assert_equals_trl(trl, config)
     batch, logps = loss_batch(trl, config), groups(trl.logps)
     one_sided = LossConfig(loss_type=loss_type, importance_sampling_level=level, beta=0.04)
-    assert objective(logps, batch, config) < objective(logps, batch, one_sided)
+    assert grpo_loss(logps, batch, config) < grpo_loss(logps, batch, one_sided)
 
 
 @pytest.mark.parametrize("loss_type", TRL_LOSSES)
@@ -227,7 +227,7 @@ def test_trl_in_micro_batches_adds_up_to_our_whole_batch_except_for_bnpo(trl, lo
     for rows_of_a_prompt in torch.arange(Q * G).split(G):
         inputs = {name: x if x.ndim == 0 else x[rows_of_a_prompt] for name, x in trl.inputs.items()}
         trl_loss += trainer._compute_loss(trl.model, inputs).item()
-    same = np.isclose(objective(groups(trl.logps), loss_batch(trl, config), config), trl_loss, rtol=1e-5, atol=1e-5)
+    same = np.isclose(grpo_loss(groups(trl.logps), loss_batch(trl, config), config), trl_loss, rtol=1e-5, atol=1e-5)
     assert same == (loss_type != "bnpo")
 
 
@@ -236,13 +236,13 @@ def test_trl_in_micro_batches_adds_up_to_our_whole_batch_except_for_bnpo(trl, lo
 def test_losses_gradients_and_metrics_of_the_parts_add_up_to_the_whole(trl, loss_type, parts):
     config = LossConfig(loss_type=loss_type, beta=0.04, importance_sampling_clip_max=1.5)
     batch, logps = loss_batch(trl, config), groups(trl.logps)
-    whole, whole_gradient = jax.value_and_grad(objective)(logps, batch, config)
+    whole, whole_gradient = jax.value_and_grad(grpo_loss)(logps, batch, config)
     whole_metrics = loss_metrics(logps, batch, config)
 
     loss, gradients, metrics, start = 0.0, [], [], 0
     for size in parts:
         part = jax.tree.map(lambda x, at=slice(start, start + size): x[at], (logps, batch))
-        value, gradient = jax.value_and_grad(objective)(*part, config)
+        value, gradient = jax.value_and_grad(grpo_loss)(*part, config)
         loss += value
         gradients.append(gradient)
         metrics.append(loss_metrics(*part, config))
@@ -258,7 +258,7 @@ def test_losses_gradients_and_metrics_of_shards_add_up_to_the_whole(trl):
     batch, logps = loss_batch(trl, config), groups(trl.logps)
 
     def shard_loss(logps, batch):
-        loss, gradient = jax.value_and_grad(objective)(logps, batch, config)
+        loss, gradient = jax.value_and_grad(grpo_loss)(logps, batch, config)
         return jax.lax.psum((loss, loss_metrics(logps, batch, config)), "data"), gradient
 
     shards = jax.shard_map(
@@ -268,7 +268,7 @@ def test_losses_gradients_and_metrics_of_shards_add_up_to_the_whole(trl):
         out_specs=(PartitionSpec(), PartitionSpec("data")),
     )
     (loss, metrics), gradient = jax.jit(shards)(logps, batch)
-    whole, whole_gradient = jax.value_and_grad(objective)(logps, batch, config)
+    whole, whole_gradient = jax.value_and_grad(grpo_loss)(logps, batch, config)
     np.testing.assert_allclose(loss, whole, rtol=1e-5)
     np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-5, atol=1e-8)
     whole_metrics = loss_metrics(logps, batch, config)
@@ -277,14 +277,14 @@ def test_losses_gradients_and_metrics_of_shards_add_up_to_the_whole(trl):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_masked_positions_change_nothing_whatever_they_hold(trl, loss_type):
-    """Off the mask, log-probs a thousand apart would overflow the ratio if it were taken there."""
+    """Masked log-probs that lie a thousand apart would overflow the ratio if it were computed there."""
     config = LossConfig(loss_type=loss_type, beta=0.04, importance_sampling_clip_max=1.5)
     batch, logps = loss_batch(trl, config), groups(trl.logps)
     old, ref, sampler = (np.where(MASK, x, x - 1000) for x in (batch.old_logps, batch.ref_logps, batch.sampler_logps))
     dirty = batch._replace(old_logps=old, ref_logps=ref + 2000 * ~MASK, sampler_logps=sampler - 1000 * ~MASK)
-    clean = jax.value_and_grad(objective)(logps, batch, config)
+    clean = jax.value_and_grad(grpo_loss)(logps, batch, config)
     assert np.all(clean[1][~MASK] == 0)
-    jax.tree.map(np.testing.assert_array_equal, clean, jax.value_and_grad(objective)(logps, dirty, config))
+    jax.tree.map(np.testing.assert_array_equal, clean, jax.value_and_grad(grpo_loss)(logps, dirty, config))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -293,9 +293,9 @@ def test_samples_used_once_give_the_policy_gradient(trl, loss_type):
     config = LossConfig(loss_type=loss_type, importance_sampling_clip_max=1.5)
     batch, logps = loss_batch(trl, config), groups(trl.logps)
     batch = batch._replace(sampler_logps=logps + 0.5 * np.sin(np.arange(Q * G)).reshape(Q, G, 1))
-    gradient = jax.grad(lambda x: objective(x, batch._replace(old_logps=x), config))(logps)
+    gradient = jax.grad(lambda x: grpo_loss(x, batch._replace(old_logps=x), config))(logps)
     correction = np.minimum(np.exp(logps - batch.sampler_logps), 1.5)
-    expected = -batch.weights * batch.advantages[..., None] * correction
+    expected = -batch.token_weights * batch.advantages[..., None] * correction
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -349,7 +349,7 @@ def test_group_advantages_by_hand():
 
 
 def test_leave_one_out_advantages_by_hand():
-    """The others of 1, 2, 6 average 4, 3.5 and 1.5; NaN is nobody's other; alone, there is nothing to compare with."""
+    """For 1, 2 and 6 the others average 4, 3.5 and 1.5; NaN does not count; alone, there is nothing to compare with."""
     rewards = np.array([[1, 2, 6], [np.nan, 1, 3], [np.nan, 5, np.nan]])
     expected = [[-3, -1.5, 4.5], [0, -2, 2], [0, 0, 0]]
     np.testing.assert_allclose(leave_one_out_advantages(rewards), expected, rtol=1e-6)
@@ -392,7 +392,7 @@ def test_degenerate_batches_have_finite_loss_and_gradient():
             weights = token_weights(loss_type, mask, max_completion_length=4)
             batch = LossBatch(group_advantages(zeros[..., 0]), mask, weights, zeros, zeros, zeros)
             config = LossConfig(loss_type=loss_type, beta=0.04, importance_sampling_clip_max=1.5)
-            loss, gradient = jax.value_and_grad(objective)(zeros - 1.0, batch, config)
+            loss, gradient = jax.value_and_grad(grpo_loss)(zeros - 1.0, batch, config)
             assert np.isfinite(loss) and np.all(np.isfinite(gradient))
 
 
@@ -494,11 +494,11 @@ def test_k3_is_an_unbiased_kl_and_its_gradient_only_with_the_importance_ratio():
     np.testing.assert_allclose(gradient(theta, log_old, corrected=True), reverse, atol=1e-6)
 
 
-def test_objective_compiles_with_the_config_as_a_static_argument(trl):
+def test_the_loss_compiles_with_the_config_as_a_static_argument(trl):
     config = LossConfig(beta=0.04)
     batch, logps = loss_batch(trl, config), groups(trl.logps)
-    compiled = jax.jit(objective, static_argnames="config")(logps, batch, config)
-    np.testing.assert_allclose(compiled, objective(logps, batch, config), rtol=1e-6)
+    compiled = jax.jit(grpo_loss, static_argnames="config")(logps, batch, config)
+    np.testing.assert_allclose(compiled, grpo_loss(logps, batch, config), rtol=1e-6)
 
 
 def test_epsilon_high_follows_epsilon_except_for_cispo():

@@ -1,4 +1,4 @@
-"""Masks equal drawn grids and Hugging Face's own; attention over several sets of keys is attention over all of them.
+"""Masks equal drawn grids and Hugging Face's own; attention over several sets of keys is attention over their union.
 
 In a drawing a row is a query, a column a key, and 1 means that the query sees the key.
 """
@@ -12,7 +12,7 @@ from tiny_models import IMAGE_ID, tiny_text_config
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
-from gemma3.attention import KeyValues, attend, by_head, image_blocks, own_mask, prompt_mask, shared_mask
+from gemma3.attention import KeyValues, attend, by_head, number_images, own_mask, prompt_mask, shared_mask
 from gemma3.layers import project, rms_norm, rope
 from gemma3.transformer import layer_kinds
 
@@ -21,15 +21,15 @@ IMG, UNBOUNDED = IMAGE_ID, np.iinfo(np.int32).max
 
 def mask_of(ids: list[list[int]], window: int) -> np.ndarray:
     ids = jnp.array(ids)
-    return np.asarray(prompt_mask(ids != 0, image_blocks(ids, IMAGE_ID), jnp.int32(window)))
+    return np.asarray(prompt_mask(ids != 0, number_images(ids, IMAGE_ID), jnp.int32(window)))
 
 
-def test_image_blocks_number_each_run_of_image_tokens_in_its_row():
+def test_images_are_numbered_by_run_of_image_tokens_in_their_row():
     ids = jnp.array([[2, IMG, IMG, 3, IMG, IMG, 4], [IMG, IMG, 5, 6, 0, 0, 0], [2, 3, 4, 5, 6, 7, 0]])
     np.testing.assert_array_equal(
-        image_blocks(ids, IMAGE_ID), [[0, 1, 1, 0, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
+        number_images(ids, IMAGE_ID), [[0, 1, 1, 0, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
     )
-    assert not image_blocks(ids, None).any(), "a text-only model has no image blocks"
+    assert not number_images(ids, None).any(), "a text-only model has no images"
 
 
 def test_a_local_layer_sees_its_window_and_a_global_one_everything_before():
@@ -165,7 +165,7 @@ def test_a_completion_sees_the_real_keys_of_its_prompt_within_the_window():
 
 
 def test_a_completion_sees_the_same_keys_when_only_the_last_of_its_prompt_are_kept():
-    """Of prompts of 6 and of 2 tokens, 3 keys each, from positions 3 and 0 on: columns of the whole mask."""
+    """Prompts of 6 and of 2 tokens keep 3 keys each, from positions 3 and 0 on: the mask is a part of the whole one."""
     lengths, starts = np.array([6, 2]), np.array([3, 0])
     positions = lengths[:, None, None] + np.arange(4)
     whole = np.asarray(shared_mask(positions, lengths, 0 * starts, 6, jnp.int32(4)))
@@ -176,7 +176,7 @@ def test_a_completion_sees_the_same_keys_when_only_the_last_of_its_prompt_are_ke
 
 
 def test_a_completion_sees_its_own_keys_causally_wherever_they_are_kept():
-    """Keys kept out of order, as a ring buffer does, one of them empty: queries at places 1 and 2."""
+    """The keys are out of order, as in a ring buffer, and one slot is empty; the queries are tokens 1 and 2."""
     keys = jnp.array([2, 0, 1, -1])
     np.testing.assert_array_equal(
         own_mask(jnp.array([1, 2]), keys, jnp.int32(2))[0, 0],
@@ -196,14 +196,13 @@ def test_a_completion_sees_its_own_keys_causally_wherever_they_are_kept():
 
 @pytest.mark.parametrize("window", [1, 3, 5, 100])
 def test_prompt_and_own_mask_side_by_side_are_the_mask_of_the_whole_sequence(window):
-    """Rows of Hugging Face's mask of prompt and completion put end to end, for each prompt length."""
-    lengths, steps = (RAGGED != 0).sum(axis=1), 7
-    places = np.arange(steps)
-    positions = lengths[:, None, None] + places
+    """Both equal rows of Hugging Face's mask for prompt and completion end to end, for each prompt length."""
+    lengths, t = (RAGGED != 0).sum(axis=1), np.arange(7)
+    positions = lengths[:, None, None] + t
     on_prompt = np.asarray(shared_mask(positions, lengths, 0 * lengths, RAGGED.shape[1], jnp.int32(window)))[:, 0]
-    on_own = np.asarray(own_mask(places, places, jnp.int32(window)))[0, 0]
+    on_own = np.asarray(own_mask(t, t, jnp.int32(window)))[0, 0]
     for row, length, shared in zip(RAGGED, lengths, on_prompt, strict=True):
-        ids = np.concatenate([row[:length], np.full(steps, 9)])[None]
+        ids = np.concatenate([row[:length], np.full(len(t), 9)])[None]
         whole = hf_masks(ids, window, images=True)["sliding_attention"][0, 0, length:]
         np.testing.assert_array_equal(np.concatenate([shared[:, :length], on_own], axis=1), whole)
         assert not shared[:, length:].any()
@@ -235,7 +234,7 @@ def concatenated():
 
 
 def test_attention_over_two_sets_of_keys_is_attention_over_their_concatenation():
-    """torch's, with query head n reading key/value head n // 3."""
+    """The reference is torch's attention, where query head n reads key/value head n // 3."""
     q, shared, own, shared_seen, own_seen = attention_inputs()
     k, v, seen = concatenated()
     theirs = torch.nn.functional.scaled_dot_product_attention(
@@ -263,7 +262,7 @@ def test_a_query_that_sees_nothing_is_finite():
 
 
 def test_large_scores_do_not_overflow():
-    """The larger set wins whole; exp of either score alone would be infinite."""
+    """The set with the larger score gets all the weight; exp of either score alone would be infinite."""
     q = np.ones((1, 1, 1, 1, 2), np.float32)
     sets = [
         (
@@ -290,14 +289,14 @@ def test_an_attention_layer_equals_hugging_face(layer):
     theirs = module(tensor(x), position_embeddings=rotation, attention_mask=hf_mask)[0]
 
     x = x[:, None]
-    q = rms_norm(project(x, w.q, None, 0.0), w.q_norm, config.norm_eps)
-    k = rms_norm(project(x, w.k, None, 0.0), w.k_norm, config.norm_eps)
-    v = project(x, w.v, None, 0.0)
+    q = rms_norm(w.q_norm, project(w.q, x), config.norm_eps)
+    k = rms_norm(w.k_norm, project(w.k, x), config.norm_eps)
+    v = project(w.v, x)
     q, k = (rope(heads, positions, kind.inverse_frequencies) for heads in (q, k))
     mixed = attend(
         q, [(KeyValues(by_head(k)[:, :, 0], by_head(v)[:, :, 0]), mask)], scale=config.query_scale, softcap=None
     )
-    assert_close(project(mixed, w.o, None, 0.0, axes=2)[:, 0], theirs)
+    assert_close(project(w.o, mixed, axes=2)[:, 0], theirs)
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
@@ -305,6 +304,6 @@ def test_query_and_key_norms_equal_hugging_face(name):
     """One weight over the head dim, the same for every head, applied before rope."""
     hf, config, params = text_pair()
     module, w, x = hf.model.layers[3].self_attn, one(params.text.blocks, 3), normal(3, 2, 13, 48)
-    heads = project(x, getattr(w, name), None, 0.0)
+    heads = project(getattr(w, name), x)
     theirs = getattr(module, f"{name}_norm")(getattr(module, f"{name}_proj")(tensor(x)).unflatten(-1, (-1, 16)))
-    assert_close(rms_norm(heads, getattr(w, f"{name}_norm"), config.norm_eps), theirs)
+    assert_close(rms_norm(getattr(w, f"{name}_norm"), heads, config.norm_eps), theirs)

@@ -1,4 +1,4 @@
-"""Streamed answers equal drawn ones, on every mesh; reasoning and answer apart; the turns and commands of a chat."""
+"""Streamed answers equal sampled ones, on every mesh; reasoning and answer apart; the turns and commands of a chat."""
 
 import errno
 import io
@@ -24,28 +24,31 @@ from rich.console import Console
 
 from data.example import FORMATS, Example
 from data.prompt import messages
-from data.synthetic import draw as draw_dots
-from gemma3.config import NANO, layer_pattern
+from data.synthetic import draw_dots
+from gemma3.config import layer_pattern
 from gemma3.files.hub import resolve
+from gemma3.files.published import NANO
+from gemma3.filters import Sampling
 from gemma3.image import load_image
-from gemma3.mesh import make_mesh
-from gemma3.model import init_params
-from gemma3.sample import Sampling, sample
+from gemma3.lora import Policy
+from gemma3.mesh import Model, make_mesh
+from gemma3.params import init_params
+from gemma3.sample import sample
 from gemma3.tokenizer import Tokenizer
-from grpo.rollout import Prompt
+from grpo.reader import Prompt, Reader
 from grpo.use import chat as chatting
 from grpo.use.chat import (
     Answerer,
     Listener,
+    answers,
     apart,
     as_text,
     chat,
-    draw_answers,
     encoded,
-    room_for,
     sections,
     show,
     spelled,
+    with_room,
 )
 from reward.format import read_answer, read_reasoning
 
@@ -60,10 +63,11 @@ def nano_tokenizer() -> Tokenizer:
 
 
 def answerer_on(*shape: int) -> Answerer:
-    """A model of one local and one global layer and random weights: it writes at length, and many lone bytes."""
+    """A model with one local and one global layer and random weights: its answers are long and have many lone bytes."""
     config = replace(NANO, num_layers=2, layer_types=layer_pattern(2, 2))
-    params = init_params(jax.random.key(0), config)
-    return Answerer(params, None, config, nano_tokenizer(), make_mesh(*shape), Sampling(), 3, 512, 150)
+    reader = Reader(Model(config, make_mesh(*shape)), nano_tokenizer(), "instructed", "answer")
+    policy = Policy(init_params(jax.random.key(0), config))
+    return Answerer(policy, reader, Sampling(max_completion_length=150), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +75,25 @@ def answerer() -> Answerer:
     return answerer_on(1, 1)
 
 
-def asked(answerer: Answerer, question: str, *pictures: bytes) -> Prompt:
-    parts = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": question}]
-    ids = answerer.tokenizer.encode_chat([{"role": "user", "content": parts}])
-    return Prompt(ids, [load_image(picture, 32) for picture in pictures])
+def in_room(answerer: Answerer, tokens: int, images: int = 0) -> Answerer:
+    return answerer._replace(reader=with_room(answerer.reader, tokens, images))
+
+
+def asked(answerer: Answerer, question: str, *images: bytes) -> Prompt:
+    parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    ids = answerer.reader.tokenizer.encode_chat([{"role": "user", "content": parts}])
+    return Prompt(ids, [load_image(image, 32) for image in images])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
 def test_the_streamed_pieces_joined_are_the_answer(shape):
-    """With and without a picture; on four devices each token is heard four times."""
+    """With and without an image; on four devices the listener hears each token four times."""
     answerer, listener = answerer_on(*shape), Listener()
     for number, prompt in enumerate([asked(answerer, STORY), asked(answerer, DOTS, draw_dots(3, 2, Random(0)))], 1):
-        room = room_for(len(prompt.ids), len(prompt.pictures), 512)
         pieces = list(listener.stream(answerer, prompt, number))
-        (answer,) = draw_answers(answerer, [prompt], [number], room)
+        (answer,) = answers(in_room(answerer, len(prompt.ids), len(prompt.images)), [prompt], number)
         assert len(pieces) > 3 and "".join(pieces) == answer.text
-        assert answer.finished == (listener.ids[-1] in answerer.config.stop_ids)
+        assert answer.finished == (listener.ids[-1] in answerer.reader.model.config.stop_ids)
 
 
 def test_turns_of_one_padded_length_are_compiled_once(answerer):
@@ -97,16 +104,14 @@ def test_turns_of_one_padded_length_are_compiled_once(answerer):
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_what_is_drawn_does_not_depend_on_the_batch_or_its_padding(answerer):
-    """Three prompts at once, one of them padded to another length, and each alone; the seed makes the difference."""
+def test_what_is_sampled_does_not_depend_on_the_batch_or_its_padding(answerer):
+    """Three prompts in one batch, with more padding, get the same answers as each alone; another seed gives others."""
     prompts = [asked(answerer, question) for question in (STORY, DOTS, STORY)]
-    together = draw_answers(answerer, [*prompts, Prompt([], [])], [0, 1, 2, 3], room_for(100, 0, 512))
-    alone = [draw_answers(answerer, [p], [i], room_for(40, 0, 512))[0] for i, p in enumerate(prompts)]
+    together = answers(in_room(answerer, 100), [*prompts, Prompt([], [])], 0)
+    alone = [answers(in_room(answerer, 40), [p], i)[0] for i, p in enumerate(prompts)]
     assert together[:3] == alone
-    other = replace(answerer, seed=4, sampling=Sampling(3.0))
-    assert draw_answers(other, prompts[:1], [0], room_for(40, 0, 512)) != draw_answers(
-        replace(other, seed=5), prompts[:1], [0], room_for(40, 0, 512)
-    )
+    other = in_room(answerer, 40)._replace(seed=4, sampling=replace(answerer.sampling, temperature=3.0))
+    assert answers(other, prompts[:1], 0) != answers(other._replace(seed=5), prompts[:1], 0)
 
 
 class SlowListener(Listener):
@@ -116,28 +121,28 @@ class SlowListener(Listener):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
-def test_an_answer_that_nobody_hears_to_its_end_is_not_drawn_to_its_end(shape):
-    """And the next one is whole again."""
+def test_an_answer_that_nobody_hears_to_its_end_is_not_sampled_to_its_end(shape):
+    """The next answer is whole again."""
     answerer, listener = answerer_on(*shape), SlowListener()
     prompt = asked(answerer, STORY)
     with closing(listener.stream(answerer, prompt, 1)) as pieces:
         next(pieces)
-    drawn = len(listener.ids)
+    sampled = len(listener.ids)
     while (heard := listener._heard.get()) is not None:
-        drawn = max(drawn, 1 + heard[0])
+        sampled = max(sampled, 1 + heard[0])
     whole = "".join(listener.stream(answerer, prompt, 1))
-    assert drawn < len(listener.ids)
-    assert whole == draw_answers(answerer, [prompt], [1], room_for(40, 0, 512))[0].text
+    assert sampled < len(listener.ids)
+    assert whole == answers(in_room(answerer, 40), [prompt], 1)[0].text
 
 
-def test_an_error_while_drawing_reaches_the_one_who_listens(answerer):
-    with pytest.raises(ValueError, match="row 0 has 1 pictures and 0 image tokens"):
-        list(Listener().stream(answerer, asked(answerer, STORY)._replace(pictures=[np.zeros((32, 32, 3), "u1")]), 1))
+def test_an_error_while_sampling_reaches_the_one_who_listens(answerer):
+    with pytest.raises(ValueError, match="row 0 has 1 images and 0 image tokens"):
+        list(Listener().stream(answerer, asked(answerer, STORY)._replace(images=[np.zeros((32, 32, 3), "u1")]), 1))
 
 
 @given(st.text(max_size=12), st.data())
 def test_no_piece_of_text_ends_within_a_character(text, data):
-    """Spelled by whole pieces and by lone bytes; what is no character in the end is shown in the end."""
+    """Text is spelled in whole pieces and in lone bytes; bytes that never form a character are shown at the end."""
     tokenizer = nano_tokenizer()
     ids = tokenizer.encode(text)
     ids = ids[: data.draw(st.integers(0, len(ids)))]
@@ -147,7 +152,7 @@ def test_no_piece_of_text_ends_within_a_character(text, data):
 
 
 def test_the_space_before_a_word_is_kept(answerer):
-    tokenizer = answerer.tokenizer
+    tokenizer = answerer.reader.tokenizer
     assert list(as_text(tokenizer.encode(" 5 € and é"), tokenizer)) == [" ", "5", " ", "€", " and", " ", "é"]
 
 
@@ -158,7 +163,7 @@ TAGGED = st.lists(
 
 
 def joined(pieces) -> list[tuple[str, str]]:
-    """Neighbours of one kind as one, empty ones left out."""
+    """Neighbouring pieces of one kind are joined, empty ones left out."""
     parts: list[tuple[str, str]] = []
     for kind, piece in pieces:
         if piece and parts and parts[-1][0] == kind:
@@ -204,7 +209,7 @@ def test_reasoning_and_answer_stand_apart():
 
 
 def test_an_answer_cannot_steer_the_terminal():
-    """Escape sequences, carriage returns and text that turns round are shown as what they are: no text."""
+    """Escape, carriage return and a change of text direction are shown as replacement characters."""
     assert shown("a\x1b[2Jb\rc\u202ed\x9b1me\tf") == "a\ufffd[2Jb\ufffdc\ufffdd\ufffd1me  f\n"
 
 
@@ -213,17 +218,20 @@ def test_a_strategy_is_spelled_in_numbers():
     assert spelled("mine", Sampling(0.5, 7, 0.25)) == "mine: temperature 0.5, top-k 7, top-p 0.25"
 
 
-def test_rooms_are_few_and_have_a_limit():
-    assert [room_for(tokens, 0, 500).tokens for tokens in (1, 64, 65, 257, 500)] == [64, 64, 128, 500, 500]
-    assert [room_for(9, pictures, 500).pictures for pictures in (0, 1, 2, 3, 5)] == [0, 1, 2, 4, 8]
+def test_rooms_are_few_and_have_a_limit(answerer):
+    reader = replace(answerer.reader, max_prompt_length=500)
+    lengths = [with_room(reader, tokens, 0).max_prompt_length for tokens in (1, 64, 65, 257, 500)]
+    assert lengths == [64, 64, 128, 500, 500]
+    assert [with_room(reader, 9, images).max_images for images in (0, 1, 2, 3, 5)] == [0, 1, 2, 4, 8]
     with pytest.raises(ValueError, match="the prompt has 501 tokens, more than --max-prompt-length 500"):
-        room_for(501, 0, 500)
+        with_room(reader, 501, 0)
 
 
 @pytest.fixture
 def talk(answerer, monkeypatch, tmp_path):
-    """Talks these lines with answers that are made up; returns what was printed and the conversations it answered."""
+    """Run a chat with these input lines and made-up answers; return what it printed and the prompts it answered."""
     (tmp_path / "a.png").write_bytes(draw_dots(1, 2, Random(0)))
+    monkeypatch.chdir(tmp_path)
 
     def talk(*lines: str, limit: int = 512, stopped: bool = False, says: str = "") -> tuple[str, list[Prompt]]:
         prompts, left, file = [], iter(lines), io.StringIO()
@@ -231,8 +239,8 @@ def talk(answerer, monkeypatch, tmp_path):
         def stream(listener, answerer, prompt, number):
             prompts.append(prompt)
             text = says or f"<answer>{len(prompts)}</answer>"
-            listener.ids = [*answerer.tokenizer.encode(text), answerer.config.stop_ids[-1]]
-            yield answerer.tokenizer.decode(listener.ids)
+            listener.ids = [*answerer.reader.tokenizer.encode(text), answerer.reader.model.config.stop_ids[-1]]
+            yield answerer.reader.tokenizer.decode(listener.ids)
             if stopped:
                 raise KeyboardInterrupt
 
@@ -243,34 +251,28 @@ def talk(answerer, monkeypatch, tmp_path):
             return line
 
         monkeypatch.setattr(Listener, "stream", stream)
-        chat(
-            Console(file=file, highlight=False),
-            replace(answerer, max_prompt_length=limit),
-            read_line,
-            lambda text, pictures: messages(Example("", text, "", images=(b"",) * pictures), "answer"),
-            lambda path: [load_image(tmp_path / path, 32)],
-            TAGS,
-        )
+        limited = answerer._replace(reader=replace(answerer.reader, max_prompt_length=limit))
+        chat(Console(file=file, highlight=False), limited, read_line)
         return file.getvalue(), prompts
 
     return talk
 
 
 def test_the_whole_conversation_is_the_prompt_of_each_answer(talk, answerer):
-    """With its pictures, and the instruction once, in front; a reset forgets all of it."""
+    """The prompt has all images, and the instruction once, at the front; a reset forgets all of it."""
     printed, (first, second, third) = talk(
         "/image a.png", " one ", "/image 'a.png'", "/image a.png", "two", "/reset", "x"
     )
-    picture = {"type": "image"}
-    (begun,) = messages(Example("", "one", "", images=(b"",)), "answer")
+    image = {"type": "image"}
+    (begun,) = messages(Example("", "one", "", images=(b"",)))
     turns = [begun]
-    assert first.ids == answerer.tokenizer.encode_chat(turns) and len(first.pictures) == 1
+    assert first.ids == answerer.reader.tokenizer.encode_chat(turns) and len(first.images) == 1
     turns += [
         {"role": "assistant", "content": "<answer>1</answer>"},
-        {"role": "user", "content": [picture, picture, {"type": "text", "text": "two"}]},
+        {"role": "user", "content": [image, image, {"type": "text", "text": "two"}]},
     ]
-    assert second.ids == answerer.tokenizer.encode_chat(turns) and len(second.pictures) == 3
-    assert third.ids == answerer.tokenizer.encode_chat(messages(Example("", "x", ""), "answer")) and not third.pictures
+    assert second.ids == answerer.reader.tokenizer.encode_chat(turns) and len(second.images) == 3
+    assert third.ids == answerer.reader.tokenizer.encode_chat(messages(Example("", "x", ""))) and not third.images
     assert [line for line in printed.splitlines() if line.startswith("answer")] == [
         f"answer     {i}" for i in (1, 2, 3)
     ]
@@ -279,27 +281,27 @@ def test_the_whole_conversation_is_the_prompt_of_each_answer(talk, answerer):
 def test_bad_input_is_answered_by_a_sentence_and_the_talk_goes_on(talk):
     printed, prompts = talk("/images a.png", "/image", "/image none.png", "", "/help", "one", "/quit", "never")
     assert "/images is no command; /help lists them\n" in printed
-    assert "/image needs the path of a picture, such as /image dots.png\n" in printed
-    assert re.search(r"/none\.png cannot be read: No such file or directory\n", printed)
+    assert "/image needs the path of an image, such as /image dots.png\n" in printed
+    assert re.search(r"^none\.png cannot be read: No such file or directory$", printed, re.MULTILINE)
     assert "/reset        forget the conversation so far\n" in printed
     assert len(prompts) == 1 and printed.endswith("answer     1\n")
 
 
 def test_an_answer_that_is_stopped_counts_as_far_as_it_came(talk, answerer):
-    """Ctrl-C while it is written leaves the talk as it is: what was shown was said."""
+    """Ctrl-C during an answer does not end the talk, and the part that was shown counts as said."""
     printed, (first, second) = talk("one", "two", stopped=True)
     assert printed.count("(stopped)\n") == 2
-    begun = answerer.tokenizer.decode(first.ids)
-    assert answerer.tokenizer.decode(second.ids).startswith(begun + "<answer>1</answer>")
+    begun = answerer.reader.tokenizer.decode(first.ids)
+    assert answerer.reader.tokenizer.decode(second.ids).startswith(begun + "<answer>1</answer>")
 
 
 def test_silence_in_a_long_talk_hints_at_a_reset(talk):
-    """What a model does that was taught single questions only; to the first question it is just silence."""
+    """A model that was taught single questions may fall silent in a talk; after the first question there is no hint."""
     printed, _ = talk("one", "two", says=" ")
     assert printed.splitlines()[1:] == [
         "(it says nothing)",
         "(it says nothing)",
-        "/reset begins anew: a model that was taught single questions may need it",
+        "/reset starts anew, which a model trained on single questions may need",
         "",
     ]
 
@@ -310,33 +312,36 @@ def test_a_conversation_that_grows_too_long_is_refused_until_it_is_reset(talk):
     assert len(prompts) == 3 and len(prompts[1].ids) > len(prompts[0].ids) > len(prompts[2].ids) - 5
 
 
-def test_a_picture_is_drawn_in_a_terminal_of_many_colours_only():
+def test_an_image_is_drawn_in_a_terminal_of_many_colours_only():
     pixels = np.zeros((6, 4, 3), np.uint8)
     pixels[1, 2] = (1, 2, 3)
     for options, lines in (({"color_system": "truecolor", "force_terminal": True}, 3), ({}, 0)):
         console = Console(file=io.StringIO(), **options)
-        chatting.show_picture(console, pixels)
+        chatting.show_image(console, pixels)
         assert console.file.getvalue().count("\n") == lines
     console = Console(file=io.StringIO(), color_system="truecolor", force_terminal=True, no_color=False)
-    chatting.show_picture(console, pixels)
+    chatting.show_image(console, pixels)
     assert "\x1b[38;2;0;0;0;48;2;1;2;3m▀" in console.file.getvalue()
 
 
-def test_the_pictures_of_a_conversation_are_given_with_their_crops(answerer):
-    """In the order of the tokens that stand for them."""
+def test_the_images_of_a_conversation_are_given_with_their_crops(answerer):
+    """They come in the order of the tokens that stand for them."""
     whole, crop = np.zeros((32, 32, 3), np.uint8), np.ones((32, 32, 3), np.uint8)
     talk = chatting.Conversation(
         [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}], [[whole], [whole, crop, crop]]
     )
-    prompt = encoded(talk, answerer)
-    assert [int(picture[0, 0, 0]) for picture in prompt.pictures] == [0, 0, 1, 1]
-    assert prompt.ids.count(answerer.config.image_token_id) == 4 * answerer.config.vision.tokens_per_image
+    prompt = encoded(talk, answerer.reader)
+    assert [int(image[0, 0, 0]) for image in prompt.images] == [0, 0, 1, 1]
+    config = answerer.reader.model.config
+    assert prompt.ids.count(config.image_token_id) == 4 * config.vision.tokens_per_image
 
 
-# Makes its terminal the one whose Ctrl-C reaches it, and becomes the program that is wanted.
+# Takes control of its terminal, so that Ctrl-C there reaches it, even if the tests ignore Ctrl-C (as they do in the
+# background). Then it becomes the wanted program.
 TAKE_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
@@ -359,7 +364,7 @@ class Terminal:
         os.close(theirs)
 
     def until(self, pattern: str, seconds: float = 240) -> str:
-        """What comes until the pattern does; AssertionError where it does not."""
+        """The output up to and with the pattern; AssertionError if the pattern does not come."""
         begun, end = len(self.seen), time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen[begun:])):
             assert time.monotonic() < end, f"no {pattern!r} in {self.seen[begun:]!r}"
@@ -387,7 +392,7 @@ class Terminal:
 
 @pytest.mark.slow
 def test_a_person_can_talk_to_the_model_in_a_terminal(tmp_path):
-    """The embedded model counts right here; its picture is drawn, and its tokens come one by one."""
+    """The embedded model counts right here; its image is drawn, and its tokens come one by one."""
     (tmp_path / "dots.png").write_bytes(draw_dots(1, 2, Random(0)))
     terminal = Terminal(str(Path(chatting.__file__).parents[2] / "eval.py"), "--chat")
     try:
@@ -403,7 +408,7 @@ def test_a_person_can_talk_to_the_model_in_a_terminal(tmp_path):
         assert "a new conversation" in terminal.until("\n> $")
         terminal.type("/dance\r")
         assert "/dance is no command; /help lists them" in terminal.until("\n> $")
-        time.sleep(1)  # as a person would: in the instant after the prompt readline does not wait for keys yet
+        time.sleep(1)  # as a person would: right after the prompt, readline is not waiting for keys yet
         terminal.type("\x03")
         assert "/quit or Ctrl-D leaves" in terminal.until("\n> $")
         terminal.type("/quit\r")

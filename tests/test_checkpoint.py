@@ -1,4 +1,4 @@
-"""Checkpoints: back bit for bit, whole after kill -9 at any moment, refused by name when damaged or foreign."""
+"""Checkpoints come back bit for bit, are whole after kill -9 at any moment, and are refused if damaged or foreign."""
 
 import itertools
 import multiprocessing
@@ -16,14 +16,15 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from gemma3.config import NANO
 from gemma3.files.adapter import load_adapter
+from gemma3.files.published import NANO
 from gemma3.files.weights import load_checkpoint
 from gemma3.lora import LoraConfig, init_lora
-from gemma3.mesh import make_mesh, partition_specs
-from gemma3.model import Params, param_shapes
+from gemma3.mesh import Model, make_mesh
+from gemma3.params import Params, Text, param_shapes
 from grpo.run import checkpoint
 from grpo.run.checkpoint import restore, save, steps
+from grpo.update import TrainState, init_state
 
 CONFIG = replace(NANO, num_layers=2, layer_types=NANO.layer_types[-2:], hidden_size=32, intermediate_size=24)
 # alpha / sqrt(3) has no short decimal.
@@ -40,33 +41,33 @@ def random_params(seed: int, config=CONFIG) -> Params:
 VISION = random_params(1).vision
 
 
-def on_mesh(tree, mesh):
-    return jax.device_put(tree, jax.tree.map(partial(NamedSharding, mesh), partition_specs(tree, CONFIG, mesh)))
+def on_mesh(tree, model: Model):
+    return jax.device_put(tree, jax.tree.map(partial(NamedSharding, model.mesh), model.specs(tree)))
 
 
-def fresh(kind: str, mesh, *, seed: int = 0, config=CONFIG, lora=LORA):
-    """The start of a training: ("adapter", "both towers", "text" or "params"), with the optimizer's state."""
+def fresh(kind: str, model: Model, *, seed: int = 0, lora=LORA) -> TrainState:
+    """The start of a training with the optimizer's state; kind: "adapter", "both towers", "text" or "params"."""
     if kind in ("adapter", "both towers"):
         lora = replace(lora, vision=kind == "both towers" or lora.vision)
-        trainable = on_mesh(init_lora(jax.random.key(seed), config, lora), mesh)
+        trainable = on_mesh(init_lora(jax.random.key(seed), model.config, lora), model)
     else:
-        params = on_mesh(random_params(seed, config), mesh)
+        params = on_mesh(random_params(seed, model.config), model)
         trainable = params if kind == "params" else params.text
-    return trainable, OPTIMIZER.init(trainable)
+    return init_state(trainable, OPTIMIZER, model)
 
 
 @jax.jit
-def train(trainable, opt_state):
+def train(state: TrainState) -> TrainState:
     """A step whose gradient depends on the weights, so that a lost bit would grow."""
-    grads = jax.tree.map(lambda x: jnp.sin(7 * x) + 0.1, trainable)
-    updates, opt_state = OPTIMIZER.update(grads, opt_state, trainable)
-    return optax.apply_updates(trainable, updates), opt_state
+    grads = jax.tree.map(lambda x: jnp.sin(7 * x) + 0.1, state.trainable)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.trainable)
+    return TrainState(optax.apply_updates(state.trainable, updates), opt_state)
 
 
-def trained(kind: str, mesh, count: int = 2):
-    state = fresh(kind, mesh)
+def trained(kind: str, model: Model, count: int = 2) -> TrainState:
+    state = fresh(kind, model)
     for _ in range(count):
-        state = train(*state)
+        state = train(state)
     return state
 
 
@@ -94,25 +95,24 @@ def base_model(tmp_path) -> str:
 
 @pytest.fixture
 def save_at(tmp_path, base_model):
-    """save(run, step, trainable, opt_state) with the rest filled in; `keep` defaults to 2."""
+    """save(run, step, state) with the rest filled in; `keep` defaults to 2."""
 
-    def at(run, step, trainable, opt_state, **changes):
-        whole = type(trainable).__name__ == "Text"
+    def at(run, step, state, **changes):
         settings = {
             "config": CONFIG,
-            "frozen_vision": VISION if whole else None,
+            "frozen_vision": VISION if isinstance(state.trainable, Text) else None,
             "base_model": base_model,
             "extra": EXTRA,
             "keep": 2,
         }
-        return save(run, step, trainable, opt_state, **settings | changes)
+        return save(run, step, state, **settings | changes)
 
     return at
 
 
 @pytest.fixture
-def mesh():
-    return make_mesh(1, 1)
+def model():
+    return Model(CONFIG, make_mesh(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -120,110 +120,110 @@ def mesh():
     [("adapter", (1, 1)), ("adapter", (2, 4)), ("both towers", (2, 4)), ("text", (2, 4)), ("params", (1, 1))],
 )
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, save_at, kind, shape):
-    mesh = make_mesh(*shape)
-    state = trained(kind, mesh)
-    directory = save_at(tmp_path, 2, *state)
+    model = Model(CONFIG, make_mesh(*shape))
+    state = trained(kind, model)
+    directory = save_at(tmp_path, 2, state)
     assert directory == tmp_path / "checkpoints" / "00000002"
-    template = fresh(kind, mesh, seed=5)
-    trainable, opt_state, extra, step = restore(tmp_path, *template, config=CONFIG, mesh=mesh)
-    assert_identical((trainable, opt_state), state)
+    template = fresh(kind, model, seed=5)
+    restored, extra, step = restore(tmp_path, template, model=model)
+    assert_identical(restored, state)
     assert (extra, step) == (EXTRA, 2)
-    for x, like in zip(jax.tree.leaves(trainable), jax.tree.leaves(template[0]), strict=True):
+    for x, like in zip(jax.tree.leaves(restored.trainable), jax.tree.leaves(template.trainable), strict=True):
         assert x.sharding == like.sharding
-    for x in jax.tree.leaves(opt_state):
-        assert x.sharding.mesh == mesh
+    for x in jax.tree.leaves(restored.opt_state):
+        assert x.sharding.mesh == model.mesh
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
 def test_a_resumed_training_equals_one_that_was_not_stopped(tmp_path, save_at, shape):
-    mesh = make_mesh(*shape)
-    save_at(tmp_path, 2, *trained("adapter", mesh, 2))
-    trainable, opt_state, *_ = restore(tmp_path, *fresh("adapter", mesh), config=CONFIG, mesh=mesh)
+    model = Model(CONFIG, make_mesh(*shape))
+    save_at(tmp_path, 2, trained("adapter", model, 2))
+    state, *_ = restore(tmp_path, fresh("adapter", model), model=model)
     for _ in range(3):
-        trainable, opt_state = train(trainable, opt_state)
-    assert_identical((trainable, opt_state), trained("adapter", mesh, 5))
+        state = train(state)
+    assert_identical(state, trained("adapter", model, 5))
 
 
-def test_the_link_leads_to_the_newest_adapter_also_when_the_run_is_moved(tmp_path, save_at, mesh):
+def test_the_link_leads_to_the_newest_adapter_also_when_the_run_is_moved(tmp_path, save_at, model):
     run = tmp_path / "run"
     for count in (1, 2):
-        save_at(run, count, *trained("adapter", mesh, count), rslora=True)
+        save_at(run, count, trained("adapter", model, count), rslora=True)
     moved = run.rename(tmp_path / "moved")
     adapter = load_adapter(moved / "adapter", CONFIG)
-    assert_identical(adapter.blocks, trained("adapter", mesh, 2)[0].blocks)
+    assert_identical(adapter.blocks, trained("adapter", model, 2).trainable.blocks)
     assert adapter.scale == pytest.approx(LORA.scale, rel=1e-8)
     assert '"lora_alpha": 5,' in (moved / "adapter" / "adapter_config.json").read_text()
 
 
-def test_the_whole_model_is_a_model_directory_with_its_tokenizer(tmp_path, save_at, mesh):
-    trainable, opt_state = trained("text", mesh)
-    save_at(tmp_path / "run", 2, trainable, opt_state)
+def test_the_whole_model_is_a_model_directory_with_its_tokenizer(tmp_path, save_at, model):
+    state = trained("text", model)
+    save_at(tmp_path / "run", 2, state)
     config, params = load_checkpoint(tmp_path / "run" / "model")
     assert config == CONFIG
-    assert_identical(params, Params(trainable, VISION))
+    assert_identical(params, Params(state.trainable, VISION))
     copied = {"tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"}
     names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
     assert names == copied | {"model.safetensors", "config.json", "generation_config.json"}
     assert (tmp_path / "run" / "model" / "tokenizer.model").read_text() == "tokenizer.model"
 
 
-def test_the_newest_are_kept(tmp_path, save_at, mesh):
-    state = trained("adapter", mesh)
+def test_the_newest_are_kept(tmp_path, save_at, model):
+    state = trained("adapter", model)
     for step in (1, 5, 12, 13):
-        save_at(tmp_path, step, *state, keep=3)
+        save_at(tmp_path, step, state, keep=3)
     assert steps(tmp_path) == [5, 12, 13]
-    save_at(tmp_path, 14, *state, keep=1)
+    save_at(tmp_path, 14, state, keep=1)
     assert steps(tmp_path) == [14]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000014"]
 
 
-def test_saving_an_earlier_step_ends_the_history_after_it(tmp_path, save_at, mesh):
-    """A run continued from step 1 must not be resumed at the step 3 of the run before."""
+def test_saving_an_earlier_step_ends_the_history_after_it(tmp_path, save_at, model):
+    """A run continued from step 1 must not be resumed at the old step 3."""
     for count in (1, 2, 3):
-        save_at(tmp_path, count, *trained("adapter", mesh, 0), keep=3)
-    save_at(tmp_path, 2, *trained("adapter", mesh, 2), keep=3)
+        save_at(tmp_path, count, trained("adapter", model, 0), keep=3)
+    save_at(tmp_path, 2, trained("adapter", model, 2), keep=3)
     assert steps(tmp_path) == [1, 2]
-    trainable, *_, step = restore(tmp_path, *fresh("adapter", mesh), config=CONFIG, mesh=mesh)
+    state, _, step = restore(tmp_path, fresh("adapter", model), model=model)
     assert step == 2
-    assert_identical(trainable, trained("adapter", mesh, 2)[0])
+    assert_identical(state, trained("adapter", model, 2))
 
 
-def test_any_saved_step_can_be_restored(tmp_path, save_at, mesh):
+def test_any_saved_step_can_be_restored(tmp_path, save_at, model):
     for count in (1, 2):
-        save_at(tmp_path, count, *trained("adapter", mesh, count))
-    trainable, *_, step = restore(tmp_path, *fresh("adapter", mesh), config=CONFIG, mesh=mesh, step=1)
+        save_at(tmp_path, count, trained("adapter", model, count))
+    state, _, step = restore(tmp_path, fresh("adapter", model), model=model, step=1)
     assert step == 1
-    assert_identical(trainable, trained("adapter", mesh, 1)[0])
+    assert_identical(state, trained("adapter", model, 1))
 
 
-def test_a_save_that_fails_leaves_the_run_as_it_was(tmp_path, save_at, mesh, monkeypatch):
-    save_at(tmp_path, 1, *trained("adapter", mesh, 1))
+def test_a_save_that_fails_leaves_the_run_as_it_was(tmp_path, save_at, model, monkeypatch):
+    save_at(tmp_path, 1, trained("adapter", model, 1))
 
     def full(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoint, "_sync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_at(tmp_path, 2, *trained("adapter", mesh, 2))
+        save_at(tmp_path, 2, trained("adapter", model, 2))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
     assert (tmp_path / "adapter").resolve() == tmp_path / "checkpoints" / "00000001" / "adapter"
 
 
-def test_keep_must_leave_one(tmp_path, save_at, mesh):
+def test_keep_must_leave_one(tmp_path, save_at, model):
     with pytest.raises(ValueError, match=r"--keep 0: at least 1"):
-        save_at(tmp_path, 1, *trained("adapter", mesh, 1), keep=0)
+        save_at(tmp_path, 1, trained("adapter", model, 1), keep=0)
 
 
-def at_step(state, step: int):
+def at_step(state: TrainState, step: int) -> TrainState:
     """A state whose every number tells the step it belongs to."""
     return jax.tree.map(lambda x: np.asarray(x) + np.asarray(step, x.dtype), state)
 
 
-def save_forever(run: Path, state, ready) -> None:
+def save_forever(run: Path, state: TrainState, ready) -> None:
     """Save step after step until killed. Runs in its own process, on numpy arrays only."""
     for step in itertools.count(steps(run)[-1] + 1):
         save(
-            *(run, step, *at_step(state, step)),
+            *(run, step, at_step(state, step)),
             **{"config": CONFIG, "frozen_vision": None, "base_model": "nano", "extra": {"step": step}, "keep": 2},
         )
         ready.send(step)
@@ -237,11 +237,11 @@ def processes():
     return context
 
 
-def test_kill_9_at_a_random_moment_of_a_save_always_leaves_a_loadable_run(tmp_path, save_at, mesh, processes):
+def test_kill_9_at_a_random_moment_of_a_save_always_leaves_a_loadable_run(tmp_path, save_at, model, processes):
     rng = np.random.default_rng(0)
-    template = fresh("adapter", mesh)
+    template = fresh("adapter", model)
     state = at_step(template, 0)
-    save_at(tmp_path, 1, *at_step(state, 1))
+    save_at(tmp_path, 1, at_step(state, 1))
     interrupted = 0
     for _ in range(20):
         theirs, ours = processes.Pipe()
@@ -260,14 +260,14 @@ def test_kill_9_at_a_random_moment_of_a_save_always_leaves_a_loadable_run(tmp_pa
                 break
         interrupted += any((tmp_path / "checkpoints").glob(".[0-9]*"))
 
-        trainable, opt_state, extra, step = restore(tmp_path, *template, config=CONFIG, mesh=mesh)
+        restored, extra, step = restore(tmp_path, template, model=model)
         assert step >= told[-1], "a save that returned is not lost"
         assert extra == {"step": step}
-        assert_identical((trainable, opt_state), at_step(template, step))
+        assert_identical(restored, at_step(template, step))
         linked = load_adapter(tmp_path / "adapter", CONFIG)
-        assert any(np.array_equal(linked.blocks.q.a, at_step(state[0].blocks.q.a, s)) for s in steps(tmp_path))
+        assert any(np.array_equal(linked.blocks.q.a, at_step(state.trainable.blocks.q.a, s)) for s in steps(tmp_path))
     assert interrupted >= 5, "most kills should fall within a save"
-    save_at(tmp_path, step + 1, *at_step(state, step + 1))
+    save_at(tmp_path, step + 1, at_step(state, step + 1))
     assert not any((tmp_path / "checkpoints").glob(".*")), "the next save clears what the kills left"
 
 
@@ -295,16 +295,16 @@ FILES = (
 
 
 @pytest.fixture
-def two_steps(tmp_path, save_at, mesh):
+def two_steps(tmp_path, save_at, model):
     """A run with checkpoints 10 and 20."""
     for step in (10, 20):
-        save_at(tmp_path, step, *trained("adapter", mesh))
+        save_at(tmp_path, step, trained("adapter", model))
     return tmp_path
 
 
-def refusal(run: Path, template, mesh, config=CONFIG, step=None) -> str:
+def refusal(run: Path, template: TrainState, model: Model, step=None) -> str:
     with pytest.raises(ValueError) as error:
-        restore(run, *template, config=config, mesh=mesh, step=step)
+        restore(run, template, model=model, step=step)
     return str(error.value)
 
 
@@ -314,13 +314,13 @@ def test_the_files_of_a_checkpoint_are_those_that_get_damaged_below(two_steps):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, empty, Path.unlink])
-def test_damage_to_any_file_is_named_and_the_good_checkpoint_offered(two_steps, mesh, damage):
+def test_damage_to_any_file_is_named_and_the_good_checkpoint_offered(two_steps, model, damage):
     directory = two_steps / "checkpoints" / "00000020"
     for name in FILES:
         shutil.copytree(directory, two_steps / "copy")
         damage(directory / name)
-        message = refusal(two_steps, fresh("adapter", mesh), mesh)
-        # Where the list of checksums itself is damaged, the file it no longer fits may be the one that is named.
+        message = refusal(two_steps, fresh("adapter", model), model)
+        # If the list of checksums is damaged, the message may name a file that no longer matches the list.
         named = "00000020" if name.endswith("SUMS") else f"00000020/{name} is "
         assert named in message
         assert message.endswith(f"step 10 is good: continue from it with --resume {two_steps} --resume-step 10")
@@ -328,17 +328,17 @@ def test_damage_to_any_file_is_named_and_the_good_checkpoint_offered(two_steps, 
         (two_steps / "copy").rename(directory)
 
 
-def test_where_no_checkpoint_is_good_none_is_offered(two_steps, mesh):
+def test_where_no_checkpoint_is_good_none_is_offered(two_steps, model):
     for step in (10, 20):
         cut(two_steps / "checkpoints" / f"{step:08}" / "state" / "arrays.safetensors")
-    message = refusal(two_steps, fresh("adapter", mesh), mesh)
+    message = refusal(two_steps, fresh("adapter", model), model)
     assert "00000020/state/arrays.safetensors is damaged" in message
     assert message.endswith(f"no other checkpoint in {two_steps} could be used in its place")
 
 
-def test_a_later_checkpoint_is_offered_for_a_damaged_earlier_one(two_steps, mesh):
+def test_a_later_checkpoint_is_offered_for_a_damaged_earlier_one(two_steps, model):
     cut(two_steps / "checkpoints" / "00000010" / "state" / "arrays.safetensors")
-    assert "--resume-step 20" in refusal(two_steps, fresh("adapter", mesh), mesh, step=10)
+    assert "--resume-step 20" in refusal(two_steps, fresh("adapter", model), model, step=10)
 
 
 @pytest.mark.parametrize(
@@ -350,47 +350,46 @@ def test_a_later_checkpoint_is_offered_for_a_damaged_earlier_one(two_steps, mesh
         (replace(LORA, vision=True), "on q, v, down,", "on q, v, down and the vision tower's query, key, value, out"),
     ],
 )
-def test_another_adapter_is_refused(two_steps, mesh, lora, held, trains):
-    message = refusal(two_steps, fresh("adapter", mesh, lora=lora), mesh)
+def test_another_adapter_is_refused(two_steps, model, lora, held, trains):
+    message = refusal(two_steps, fresh("adapter", model, lora=lora), model)
     assert held in message and trains in message
 
 
 @pytest.mark.parametrize(
     ("kind", "words"), [("text", "trains the language model;"), ("params", "trains language model and vision tower;")]
 )
-def test_whole_weights_do_not_continue_an_adapter(two_steps, mesh, kind, words):
-    message = refusal(two_steps, fresh(kind, mesh), mesh)
+def test_whole_weights_do_not_continue_an_adapter(two_steps, model, kind, words):
+    message = refusal(two_steps, fresh(kind, model), model)
     assert "holds a LoRA adapter of rank 3" in message and words in message
 
 
-def test_another_model_is_refused(two_steps, mesh):
-    config = replace(CONFIG, intermediate_size=40)
-    message = refusal(two_steps, fresh("adapter", mesh, config=config), mesh, config)
+def test_another_model_is_refused(two_steps, model):
+    other = Model(replace(CONFIG, intermediate_size=40), model.mesh)
+    message = refusal(two_steps, fresh("adapter", other), other)
     assert "00000020 is of another model: intermediate_size is 24 there and 40 here" in message
 
 
-def test_another_optimizer_is_refused(two_steps, mesh):
-    trainable, _ = fresh("adapter", mesh)
-    message = refusal(two_steps, (trainable, optax.sgd(0.1, momentum=0.9).init(trainable)), mesh)
+def test_another_optimizer_is_refused(two_steps, model):
+    trainable = fresh("adapter", model).trainable
+    message = refusal(two_steps, TrainState(trainable, optax.sgd(0.1, momentum=0.9).init(trainable)), model)
     assert "00000020/state/arrays.safetensors is of another optimizer" in message
 
 
-def test_another_format_is_refused(tmp_path, save_at, mesh, monkeypatch):
+def test_another_format_is_refused(tmp_path, save_at, model, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    save_at(tmp_path, 1, *trained("adapter", mesh))
+    save_at(tmp_path, 1, trained("adapter", model))
     monkeypatch.undo()
-    assert "state.msgpack has format 2, and this version reads format 1" in refusal(
-        tmp_path, fresh("adapter", mesh), mesh
-    )
+    message = refusal(tmp_path, fresh("adapter", model), model)
+    assert "state.msgpack has format 2, and this version reads format 1" in message
 
 
-def test_a_step_that_was_not_saved_is_refused(two_steps, mesh):
-    message = refusal(two_steps, fresh("adapter", mesh), mesh, step=15)
+def test_a_step_that_was_not_saved_is_refused(two_steps, model):
+    message = refusal(two_steps, fresh("adapter", model), model, step=15)
     assert message == f"{two_steps} has no checkpoint of step 15; it has 10, 20"
 
 
-def test_a_directory_without_checkpoints_is_refused(tmp_path, mesh):
-    assert refusal(tmp_path, fresh("adapter", mesh), mesh) == f"{tmp_path} holds no checkpoint to continue from"
+def test_a_directory_without_checkpoints_is_refused(tmp_path, model):
+    assert refusal(tmp_path, fresh("adapter", model), model) == f"{tmp_path} holds no checkpoint to continue from"
 
 
 def test_a_stray_name_is_no_checkpoint(two_steps):

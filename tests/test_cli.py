@@ -13,13 +13,13 @@ from grpo.run.cli import clean_errors, fail, flag, parse
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = flag(100, "how long; 5% is a lot", "Run")
-    out: Path | None = flag(None, "where", "Run")
-    learning_rate: float | None = flag(1e-5, "how fast", "Optimizer")
-    rslora: bool = flag(False, "another scale", "Model")
-    bias: bool = flag(True, "with a bias", "Model")
-    loss_type: str = flag("dapo", "how tokens weigh", "Optimizer", ["grpo", "dapo", "cispo"])
-    lora_targets: tuple[str, ...] = flag(("q", "v"), "which layers", "Model", ["q", "k", "v"])
+    steps: int = flag(100, "how long; 5% is a lot", topic="Run")
+    out: Path | None = flag(None, "where")
+    learning_rate: float | None = flag(1e-5, "how fast", topic="Optimizer")
+    rslora: bool = flag(False, "another scale", topic="Model")
+    bias: bool = flag(True, "with a bias")
+    loss_type: str = flag("dapo", "how tokens weigh", ["grpo", "dapo", "cispo"], topic="Optimizer")
+    lora_targets: tuple[str, ...] = flag(("q", "v"), "which layers", ["q", "k", "v"], topic="Model")
 
     def __post_init__(self):
         if self.steps < 1:
@@ -132,7 +132,7 @@ def test_help_lists_every_flag_under_its_topic_with_its_default(capsys, monkeypa
 
 
 def test_what_is_not_given_is_as_in_the_base():
-    """Even where a flag gives the default of the class."""
+    """A flag counts as given even if its value is the default of the class."""
     base = Settings(steps=7, rslora=True, lora_targets=("k",))
     read = parse(Settings, ["--steps", "100"], prog="python it.py", description="It.", base=base)
     assert read == Settings(steps=100, rslora=True, lora_targets=("k",))

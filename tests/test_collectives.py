@@ -1,7 +1,7 @@
-"""The programs for mesh 2,4 communicate what the design says and nothing else: counted where it happens, loop by loop.
+"""The programs for mesh 2,4 communicate what the design says and nothing else; collectives are counted loop by loop.
 
 Weights stored in parts are joined over `data`, a layer at a time; hidden states are summed over `tensor` where each
-shard has a part of the sum. Of logits only what one number a token is made of is exchanged, of a gradient its sum.
+shard has a part of the sum. Logits are never exchanged, only single numbers per token; of a gradient, its sum.
 """
 
 import re
@@ -14,15 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec as Spec
 
-from gemma3.config import NANO, Config, layer_pattern
-from gemma3.lora import LoraConfig, init_lora
-from gemma3.mesh import DATA, TENSOR, make_mesh, partition_specs, shardings
-from gemma3.model import Params, param_shapes
-from gemma3.sample import Prompts, encode, sample
-from grpo.algorithm import LossBatch, LossConfig
-from grpo.update import make_optimizer, update
+from gemma3.config import Config, layer_pattern
+from gemma3.files.published import NANO
+from gemma3.filters import Sampling
+from gemma3.lora import LoraConfig, Policy, init_lora
+from gemma3.mesh import DATA, TENSOR, Model, make_mesh
+from gemma3.params import Params, param_shapes
+from gemma3.sample import PromptBatch, sample
+from grpo.algorithm import LossBatch
+from grpo.rollout import encode_on_mesh
+from grpo.run.settings import Settings
+from grpo.run.setup import make_learner
+from grpo.update import TrainState, update
 
 L, D, V = 3, 40, 656
 CONFIG = Config(
@@ -38,12 +43,18 @@ CONFIG = Config(
     layer_types=layer_pattern(L, 3),
     query_pre_attn_scalar=16,
 )
-Q, G, PROMPT, C, RANK = 6, 5, 19, 7, 3
+Q, G, P, C, RANK = 6, 5, 19, 7, 3
 ROWS = Q // 2  # prompts of a data shard
-ROW_WISE = P(DATA)
+ROW_WISE = Spec(DATA)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "collective_permute", "all_to_all", "collective_broadcast")
 AXES = {((0, 4), (1, 5), (2, 6), (3, 7)): DATA, ((0, 1, 2, 3), (4, 5, 6, 7)): TENSOR, (tuple(range(8)),): "both"}
-OPTIMIZER = make_optimizer(lambda count: 1e-3, weight_decay=0.1, adam_beta2=0.99, max_grad_norm=1.0)
+SETTINGS = Settings(
+    beta=0.04, learning_rate=1e-3, weight_decay=0.1, prompts_per_step=Q, micro_batch=1, dtype="float32", mesh="2,4"
+)
+
+
+def on_mesh(config: Config = CONFIG) -> Model:
+    return Model(config, make_mesh(2, 4))
 
 
 def collective(kind: str, axis: str, *shape: int) -> tuple[str, str, tuple[int, ...]]:
@@ -52,9 +63,9 @@ def collective(kind: str, axis: str, *shape: int) -> tuple[str, str, tuple[int, 
 
 
 def loops(lowered) -> list[Counter]:
-    """The collectives of a program by place: outside of loops, then of each loop's condition or body that has any.
+    """The collectives of a program by place: outside of loops, then in each loop's condition or body that has any.
 
-    A loop over layers or micro-batches counts once. In the program's order.
+    The places are in the program's order. A loop over layers or micro-batches counts once.
     """
     module = lowered.compiler_ir("stablehlo")
     functions = {str(f.attributes["sym_name"]).strip('"'): f for f in module.body.operations}
@@ -87,30 +98,31 @@ def compiled_collectives(lowered) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield kind.replace("-", "_"), collective("", "", *map(int, filter(None, shape.split(","))))[2]
 
 
-def array(*shape: int, dtype=jnp.int32, spec: P = ROW_WISE) -> jax.ShapeDtypeStruct:
+def array(*shape: int, dtype=jnp.int32, spec: Spec = ROW_WISE) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(make_mesh(2, 4), spec))
 
 
 def stored(tree, config: Config = CONFIG):
     """Shapes of parameters, placed as training stores them."""
     put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(put, tree, shardings(tree, config, make_mesh(2, 4)))
+    return jax.tree.map(put, tree, on_mesh(config).shardings(tree))
 
 
 def adapter():
     return jax.eval_shape(partial(init_lora, config=CONFIG, lora=LoraConfig(r=RANK)), jax.random.key(0))
 
 
-def stacked(tree, config: Config = CONFIG) -> list[tuple[P, tuple[int, ...], tuple[int, ...]]]:
-    """Of every array of a stack: how one layer of it is split, and its shape on a device joined and in parts."""
-    mesh = make_mesh(2, 4)
+def stacked(tree, config: Config = CONFIG) -> list[tuple[Spec, tuple[int, ...], tuple[int, ...]]]:
+    """For every array of a stack: how one layer of it is split, and its shape on a device when joined and in parts."""
+    model = on_mesh(config)
+    sizes = model.mesh.shape
 
-    def share(x, spec: P, *axes: str) -> tuple[int, ...]:
+    def share(x, spec: Spec, *axes: str) -> tuple[int, ...]:
         spec = (*spec, *[None] * (x.ndim - len(spec)))
-        return tuple(n // mesh.shape[axis] if axis in axes else n for n, axis in zip(x.shape, spec, strict=True))[1:]
+        return tuple(n // sizes[axis] if axis in axes else n for n, axis in zip(x.shape, spec, strict=True))[1:]
 
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(partition_specs(tree, config, mesh)), strict=True)
-    return [(P(*spec[1:]), share(x, spec, TENSOR), share(x, spec, TENSOR, DATA)) for x, spec in pairs]
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(model.specs(tree)), strict=True)
+    return [(Spec(*spec[1:]), share(x, spec, TENSOR), share(x, spec, TENSOR, DATA)) for x, spec in pairs]
 
 
 def gathers(tree, config: Config = CONFIG) -> Counter:
@@ -124,52 +136,42 @@ EMBEDDING = collective("all_gather", DATA, V // 4, D)
 
 def lowered_sample(gather_once: bool):
     return sample.lower(
-        stored(param_shapes(CONFIG)),
-        stored(adapter()),
-        Prompts(array(Q, PROMPT), None, array(Q)),
-        array(dtype=jax.random.key(0).dtype, spec=P()),
-        array(V, dtype=jnp.bool_, spec=P(TENSOR)),
-        config=CONFIG,
-        mesh=make_mesh(2, 4),
-        num_generations=G,
-        max_completion_length=C,
+        stored(Policy(param_shapes(CONFIG), adapter())),
+        PromptBatch(array(Q, P), None, array(Q)),
+        array(dtype=jax.random.key(0).dtype, spec=Spec()),
+        array(V, dtype=jnp.bool_, spec=Spec(TENSOR)),
+        model=on_mesh(),
+        sampling=Sampling(num_generations=G, max_completion_length=C),
         gather_once=gather_once,
     )
 
 
 def lowered_update(kind: str):
-    params = param_shapes(CONFIG)
+    params, learner = param_shapes(CONFIG), make_learner(SETTINGS, on_mesh())
     trainable, frozen = {"adapter": (adapter(), params), "text": (params.text, Params(None, None))}[kind]
     of_tokens = partial(array, Q, G, C)
     return update.lower(
-        stored(trainable),
-        stored(jax.eval_shape(OPTIMIZER.init, trainable)),
+        stored(TrainState(trainable, jax.eval_shape(learner.optimizer.init, trainable))),
         stored(frozen),
-        Prompts(array(Q, PROMPT), None, array(Q)),
+        PromptBatch(array(Q, P), None, array(Q)),
         of_tokens(),
         LossBatch(
             advantages=array(Q, G, dtype=jnp.float32),
             completion_mask=of_tokens(dtype=jnp.bool_),
-            weights=of_tokens(dtype=jnp.float32),
+            token_weights=of_tokens(dtype=jnp.float32),
             old_logps=of_tokens(dtype=jnp.float32),
             ref_logps=of_tokens(dtype=jnp.float32),
         ),
-        optimizer=OPTIMIZER,
-        config=CONFIG,
-        mesh=make_mesh(2, 4),
-        dtype=jnp.dtype("float32"),
-        loss=LossConfig(beta=0.04),
-        temperature=1.0,
-        micro_batch=1,
+        learner=learner,
     )
 
 
 @pytest.mark.parametrize("gather_once", [True, False])
 def test_a_decode_step_sums_two_hidden_states_a_layer_and_five_numbers_a_row(gather_once):
-    """The embedding is looked up in parts: one sum. Attention and MLP: one each a layer. Then of every row a number
-    each for the highest score and the lowest id that has it (the draw), and for the highest logit, the sum of exp and
-    the chosen logit (its log-prob); the entropy's, which is not used here, is left to the compiler to remove. Whether
-    to go on is one sum over `data`. Weights are gathered in the step only where they were not before.
+    """The embedding is looked up in parts: one sum. Attention and MLP: one sum each per layer. Then five numbers a row
+    and one that is not used: two for the choice (the highest logit plus noise, its lowest id), three for the log-prob
+    (the highest logit, the sum of exp, the chosen logit). The compiler can remove the sixth, the entropy's. Whether to
+    go on is one sum over `data`. Weights are gathered in the step only if they were not gathered before the loop.
     """
     outside, prompt_layer, unfinished, step = loops(lowered_sample(gather_once))
     weights = gathers((BLOCKS, adapter()))
@@ -179,8 +181,8 @@ def test_a_decode_step_sums_two_hidden_states_a_layer_and_five_numbers_a_row(gat
     assert step == each_token + Counter({collective("all_reduce", TENSOR, ROWS, G, D): 1 + 2 * L, number: 5 + 1})
     assert unfinished == Counter([collective("all_reduce", DATA)])
 
-    # Before the loop the prompts are read, and the first token is drawn.
-    hidden = collective("all_reduce", TENSOR, ROWS, PROMPT, D)
+    # Before the loop the prompts are read, and the first token is sampled.
+    hidden = collective("all_reduce", TENSOR, ROWS, P, D)
     assert prompt_layer == weights + Counter({hidden: 2})
     assert outside == once + Counter({EMBEDDING: 2, hidden: 1, number: 5})
 
@@ -188,8 +190,8 @@ def test_a_decode_step_sums_two_hidden_states_a_layer_and_five_numbers_a_row(gat
 def gradient_sums(trained) -> Counter:
     """What the backward pass of one layer exchanges for the gradients of a stack's matrices.
 
-    Each is summed over `data`, ending in the parts it is stored in, and an adapter's factor that every tensor shard
-    holds whole over `tensor` too.
+    Each is summed over `data` and left in the parts in which it is stored. An adapter's factor that every tensor shard
+    holds whole is summed over `tensor` too.
     """
     sums = Counter()
     for spec, joined, parts in stacked(trained):
@@ -204,11 +206,11 @@ def gradient_sums(trained) -> Counter:
 
 @pytest.mark.parametrize("kind", ["adapter", "text"])
 def test_a_layer_of_the_update_gathers_its_weights_twice_and_sums_six_hidden_states(kind):
-    """Forward, each stored weight is gathered and two hidden states are summed, after attention and after the MLP.
-    Backward both happen again (nothing of a layer is kept but its input), the gradients of what entered attention and
+    """Forward: each stored weight is gathered, and two hidden states are summed, after attention and after the MLP.
+    Backward: both happen again, since only a layer's input is kept; then the gradients of the inputs of attention and
     MLP are summed, and those of the layer's weights. Prompt and completions pass the stack one after the other.
 
-    Norms are whole everywhere: their gradients are summed over `data`, and of those within a head over both axes.
+    Norms are whole everywhere: their gradients are summed over `data`, those of the q and k norms over both axes.
     """
     trained = {"adapter": adapter(), "text": BLOCKS}[kind]
     matrices = (
@@ -217,7 +219,7 @@ def test_a_layer_of_the_update_gathers_its_weights_twice_and_sums_six_hidden_sta
     weights = gathers((BLOCKS, trained) if kind == "adapter" else trained)
     norms = {collective("all_reduce", DATA, D): 4, collective("all_reduce", "both", CONFIG.head_dim): 2}
     sums = gradient_sums(matrices) + Counter(norms if kind == "text" else {})
-    hidden = {"prompt": (PROMPT, D), "completions": (G, C - 1, D)}
+    hidden = {"prompt": (P, D), "completions": (G, C - 1, D)}
     summed = {name: collective("all_reduce", TENSOR, *shape) for name, shape in hidden.items()}
     _, micro_batch, *layers = loops(lowered_update(kind))
     prompt, completions, tokens, tokens_backward, completions_backward, prompt_backward = layers
@@ -226,7 +228,7 @@ def test_a_layer_of_the_update_gathers_its_weights_twice_and_sums_six_hidden_sta
     assert completions_backward == weights + Counter({summed["completions"]: 4}) + sums
     assert prompt_backward == weights + Counter({summed["prompt"]: 4}) + sums
 
-    # Of logits: highest, sum of exp, chosen, entropy; backward the first two again, and the hidden states' gradient.
+    # For logits: highest, sum of exp, chosen, entropy; backward: the first two again, and the hidden states' gradient.
     number = collective("all_reduce", TENSOR, G * C)
     assert tokens == Counter({number: 4})
     assert tokens_backward == Counter({number: 2, collective("all_reduce", TENSOR, G * C, D): 1})
@@ -244,7 +246,7 @@ def test_a_layer_of_the_update_gathers_its_weights_twice_and_sums_six_hidden_sta
     "program", [partial(lowered_sample, True), partial(lowered_update, "adapter")], ids=["sample", "update"]
 )
 def test_the_compiler_adds_no_kind_of_collective_and_no_gather(program):
-    """Compiled for eight devices. What it sums besides, for the optimizer's global norm, are single numbers."""
+    """Compiled for eight devices. It adds only sums of single numbers, for the optimizer's global norm."""
     lowered = program()
     design = {(kind, shape) for place in loops(lowered) for kind, _, shape in place}
     found = set(compiled_collectives(lowered))
@@ -252,19 +254,15 @@ def test_the_compiler_adds_no_kind_of_collective_and_no_gather(program):
     assert all(kind == "all_reduce" and shape == () for kind, shape in found - design)
 
 
-def test_pictures_are_dealt_out_and_only_their_soft_tokens_gathered():
-    """Each device encodes its own pictures with weights gathered layer by layer; the soft tokens are then joined."""
-    config, pictures = NANO, 2
-    lowered = encode.lower(
-        stored(param_shapes(config), config),
-        array(Q, pictures, 32, 32, 3, dtype=jnp.uint8),
-        config=config,
-        mesh=make_mesh(2, 4),
-    )
+def test_images_are_dealt_out_and_only_their_soft_tokens_gathered():
+    """Each device encodes its own images with weights gathered layer by layer; the soft tokens are then joined."""
+    config, images = NANO, 2
+    policy, pixels = stored(Policy(param_shapes(config)), config), array(Q, images, 32, 32, 3, dtype=jnp.uint8)
+    lowered = encode_on_mesh.lower(policy, pixels, model=on_mesh(config))
     outside, layer = loops(lowered)
     vision = param_shapes(config).vision
     assert layer == gathers(vision.blocks, config)
-    padded = -(-ROWS * pictures // 4) * 4
+    padded = -(-ROWS * images // 4) * 4
     soft = collective("all_gather", TENSOR, padded, config.vision.tokens_per_image, config.hidden_size)
     tables = {name: getattr(vision, name).shape for name in ("patch_kernel", "position", "projector")}
     assert outside == Counter([soft, *(collective("all_gather", DATA, *shape) for shape in tables.values())])

@@ -1,4 +1,4 @@
-"""Published sizes have the published numbers of parameters, and a config that cannot be is refused."""
+"""Published sizes have the published numbers of parameters, and an impossible config is refused."""
 
 from dataclasses import replace
 
@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from gemma3.config import CONFIGS, NANO, VisionConfig, layer_pattern
-from gemma3.model import param_shapes
+from gemma3.config import VisionConfig, layer_pattern
+from gemma3.files.published import CONFIGS, NANO
+from gemma3.params import param_shapes
 
 
 def count(tree) -> int:

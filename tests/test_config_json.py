@@ -6,8 +6,8 @@ import pytest
 import transformers
 from tiny_models import tiny_gemma2_config, tiny_multimodal_config, tiny_text_config
 
-from gemma3.config import CONFIGS, NANO
 from gemma3.files.config_json import config_from_dict, config_to_dict, read_config
+from gemma3.files.published import CONFIGS, NANO
 
 SPARSE_4B = {  # the published gemma-3-4b-it
     "architectures": ["Gemma3ForConditionalGeneration"],

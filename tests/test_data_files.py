@@ -1,4 +1,4 @@
-"""data/files.py: the split by hash, paths that stay in their folder, pictures on the disk, the report of bad rows,
+"""data/files.py: the split by hash, paths that stay in their folder, images on the disk, the report of bad rows,
 failed downloads."""
 
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from data.files import download, find, in_split, inside, refuse_bad_rows, store_picture
+from data.files import download, find, in_split, inside, refuse_bad_rows, store_image
 
 IDS = [str(i) for i in range(2000)]
 
@@ -63,22 +63,22 @@ def test_files_are_found_one_level_down_and_no_deeper(tmp_path):
     assert find(tmp_path, "*.txt") == [tmp_path / "top.txt"]
 
 
-def test_stored_pictures_are_read_back_whole_by_many_threads_while_more_are_stored():
+def test_stored_images_are_read_back_whole_by_many_threads_while_more_are_stored():
     contents = [bytes([i]) * (i * 997) for i in range(200)]
     file = tempfile.TemporaryFile()  # noqa: SIM115
-    pictures = [store_picture(file, content) for content in contents[:150]]
+    images = [store_image(file, content) for content in contents[:150]]
     with ThreadPoolExecutor(8) as pool:
-        read = pool.map(lambda i: pictures[i].read_bytes() == contents[i], list(range(150)) * 20)
-        pictures += [store_picture(file, content) for content in contents[150:]]
+        read = pool.map(lambda i: images[i].read_bytes() == contents[i], list(range(150)) * 20)
+        images += [store_image(file, content) for content in contents[150:]]
         assert all(read)
-    assert [picture.read_bytes() for picture in pictures] == contents
+    assert [image.read_bytes() for image in images] == contents
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device that is always full")
 def test_a_full_disk_is_a_sentence():
-    sentence = r"^pictures cannot be written .* \(No space left on device\); set TMPDIR"
+    sentence = r"^images cannot be written .* \(No space left on device\); set TMPDIR"
     with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(RuntimeError, match=sentence):
-        store_picture(full, b"picture")
+        store_image(full, b"image")
 
 
 def test_bad_rows_are_counted_and_the_first_few_shown(tmp_path):

@@ -64,7 +64,7 @@ def test_bad_rows_are_reported_together(tmp_path):
     with pytest.raises(ValueError, match=r"3 bad rows.*row 2: .*'#### N'.*row 3: .*row 4: "):
         load(path)
     path.write_text("{\n")
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(ValueError, match="row 1"):
         load(path)
 
 

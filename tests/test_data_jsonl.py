@@ -84,7 +84,7 @@ def test_images_are_paths_relative_to_the_file(write, tmp_path):
 
 def test_a_missing_image_is_an_error_or_skips_the_row(write):
     path = write({"question": "q", "answer": "a", "image": "none.png"}, {"question": "q", "answer": "a"})
-    with pytest.raises(ValueError, match=r"line 1: picture 'none.png' is not in .*--skip-missing-images"):
+    with pytest.raises(ValueError, match=r"line 1: image 'none.png' is not in .*--skip-missing-images"):
         load(path)
     assert [e.id for e in load(path, skip_missing_images=True)] == ["2"]
 

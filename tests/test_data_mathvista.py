@@ -20,13 +20,13 @@ def parquet(shared_data):
 
 @pytest.fixture
 def repository(tmp_path, shared_data):
-    """The first 20 records of the repository's JSON with pictures for all but pid 3 and 7."""
+    """The first 20 records of the repository's JSON with images for all but pid 3 and 7."""
     records = json.loads((shared_data / "mathvista" / "testmini.json").read_text(encoding="utf-8"))
     records = dict(list(records.items())[:20])
     (tmp_path / "testmini.json").write_text(json.dumps(records), encoding="utf-8")
     (tmp_path / "images").mkdir()
     for pid in records.keys() - {"3", "7"}:
-        (tmp_path / "images" / f"{pid}.jpg").write_bytes(b"a picture")
+        (tmp_path / "images" / f"{pid}.jpg").write_bytes(b"an image")
     return tmp_path
 
 
@@ -46,28 +46,28 @@ def test_precision_is_a_whole_number_though_parquet_holds_floats(parquet):
     assert counts == {(int, 1): 20, (int, 2): 20}
 
 
-def test_pictures_are_the_files_own_bytes_and_of_the_size_in_the_metadata(parquet):
+def test_images_are_the_files_own_bytes_and_of_the_size_in_the_metadata(parquet):
     stored = pq.read_table(parquet, columns=["decoded_image"])["decoded_image"].to_pylist()
     for e, own in zip(load(parquet), stored, strict=True):
-        (picture,) = e.images
-        assert picture.read_bytes() == own["bytes"]
+        (image,) = e.images
+        assert image.read_bytes() == own["bytes"]
         assert Image.open(io.BytesIO(own["bytes"])).size == (e.metadata["img_width"], e.metadata["img_height"])
 
 
-def test_pictures_are_not_held_in_memory(parquet, tmp_path):
-    """500 rows with 100 kB each: what stays is a fiftieth, and Arrow keeps nothing of it either."""
+def test_images_are_not_held_in_memory(parquet, tmp_path):
+    """500 rows with 100 kB each: at most a twentieth stays in memory, and Arrow does not keep the images either."""
     table = pq.read_table(parquet).slice(0, 500)
-    pictures = [{"bytes": bytes([i % 251]) * 100_000, "path": None} for i in range(500)]
+    images = [{"bytes": bytes([i % 251]) * 100_000, "path": None} for i in range(500)]
     place = table.column_names.index("decoded_image")
-    table = table.set_column(place, "decoded_image", pa.array(pictures, table.schema.field(place).type))
+    table = table.set_column(place, "decoded_image", pa.array(images, table.schema.field(place).type))
     pq.write_table(table, tmp_path / "large.parquet", row_group_size=50)
-    del table, pictures
+    del table, images
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     examples = load(tmp_path / "large.parquet")
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 2_500_000 and peak < 15_000_000, "500 rows of text, and at the peak the pictures of 32 or 64 rows"
+    assert held < 2_500_000 and peak < 15_000_000, "500 rows of text, and at the peak the images of 32 or 64 rows"
     assert pa.total_allocated_bytes() - before < 500_000
     for i in (0, 70, 250, 499):
         assert examples[i].images[0].read_bytes() == bytes([i % 251]) * 100_000
@@ -86,16 +86,16 @@ def test_json_beside_its_images_folder_gives_paths_and_a_rebuilt_query(repositor
     assert [e.query for e in examples] == [e.query for e in load(parquet)[:20] if e.id not in ("3", "7")]
 
 
-def test_missing_pictures_are_an_error_naming_the_first_and_the_count(repository, shared_data):
-    with pytest.raises(ValueError, match=r"^2 of 20 rows have no picture, the first is pid 3 .*--skip-missing-images$"):
+def test_missing_images_are_an_error_naming_the_first_and_the_count(repository, shared_data):
+    with pytest.raises(ValueError, match=r"^2 of 20 rows have no image, the first is pid 3 .*--skip-missing-images$"):
         load(repository / "testmini.json")
-    with pytest.raises(ValueError, match=r"^1000 of 1000 rows have no picture, the first is pid 1 .*images/1.jpg"):
+    with pytest.raises(ValueError, match=r"^1000 of 1000 rows have no image, the first is pid 1 .*images/1.jpg"):
         load(shared_data / "mathvista" / "testmini.json")
-    with pytest.raises(ValueError, match="no row with a picture"):
+    with pytest.raises(ValueError, match="no row with an image"):
         load(shared_data / "mathvista" / "testmini.json", skip_missing_images=True)
 
 
-def test_a_parquet_row_without_picture_is_missing_too(parquet, tmp_path):
+def test_a_parquet_row_without_image_is_missing_too(parquet, tmp_path):
     rows = pq.read_table(parquet).slice(0, 3).to_pylist()
     rows[1]["decoded_image"] = None
     rows[2]["decoded_image"]["bytes"] = None

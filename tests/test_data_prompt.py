@@ -22,7 +22,7 @@ def user_text(chat):
     return chat[-1]["content"][-1]["text"]
 
 
-def test_each_picture_has_an_image_part_before_the_text():
+def test_each_image_has_an_image_part_before_the_text():
     (message,) = messages(CHOICE)
     assert message["role"] == "user"
     assert [part["type"] for part in message["content"]] == ["image", "image", "text"]
@@ -34,15 +34,16 @@ def test_the_instruction_stands_in_the_system_role_or_in_front_of_the_question(f
     reasoning, answer = FORMATS[format]
     for tag in (reasoning, answer):
         assert f"<{tag}>" in instruction(format) and f"</{tag}>" in instruction(format)
-    system, user = messages(CHOICE, format, system="role")
+    system, user = messages(CHOICE, "role", format)
     assert system == {"role": "system", "content": [{"type": "text", "text": instruction(format)}]}
     assert user_text([user]) == question_text(CHOICE)
-    assert user_text(messages(CHOICE, format)) == f"{instruction(format)}\n\n{question_text(CHOICE)}"
+    assert user_text(messages(CHOICE, "instructed", format)) == f"{instruction(format)}\n\n{question_text(CHOICE)}"
 
 
-def test_without_a_format_nothing_is_instructed():
-    assert messages(CHOICE, None, system="role") == messages(CHOICE, None, system="prefix")
-    assert user_text(messages(CHOICE, None)) == question_text(CHOICE)
+def test_bare_is_nothing_but_the_question():
+    (message,) = messages(CHOICE, "bare")
+    assert [part["type"] for part in message["content"]] == ["image", "image", "text"]
+    assert user_text([message]) == CHOICE.question
 
 
 def test_choices_unit_and_precision_are_stated():
@@ -63,26 +64,24 @@ def test_the_rebuilt_query_equals_the_stored_one_on_all_of_testmini(shared_data)
 def test_hint_words_the_question_as_mathvista_does():
     hint = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
     expected = f"{hint}\nQuestion: Which is even?\nChoices:\n(A) 3\n(B) 4\n(C) 5"
-    assert user_text(messages(CHOICE, None, hint=True)) == expected
-    assert "\nQuestion: How long? (Unit: cm)" in user_text(messages(FLOAT, hint=True))
+    assert user_text(messages(CHOICE, "hint")) == f"{instruction('answer')}\n\n{expected}"
+    assert "\nQuestion: How long? (Unit: cm)" in user_text(messages(FLOAT, "hint"))
 
 
 def test_the_datasets_query_is_sent_as_it_is():
     example = Example(id="q", question="x", answer="y", query=" as it is ")
-    assert user_text(messages(example, None, query=True)) == " as it is "
+    assert user_text(messages(example, "query")) == " as it is "
 
 
 def test_what_cannot_be_asked_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"'xml'.*answer, solution"):
-        messages(CHOICE, "xml")
-    with pytest.raises(ValueError, match=r"'user'.*prefix, role"):
-        messages(CHOICE, system="user")
+        messages(CHOICE, format="xml")
+    with pytest.raises(ValueError, match=r"'user'.*instructed, role, hint, query, bare"):
+        messages(CHOICE, "user")
     with pytest.raises(ValueError, match="example c brings no query"):
-        messages(CHOICE, query=True)
-    with pytest.raises(ValueError, match="choose one"):
-        messages(CHOICE, hint=True, query=True)
+        messages(CHOICE, "query")
     with pytest.raises(ValueError, match="'float None'"):
-        messages(Example(id="1", question="x", answer="1.5", answer_type="float"), hint=True)
+        messages(Example(id="1", question="x", answer="1.5", answer_type="float"), "hint")
 
 
 def test_a_demonstration_reasons_and_answers_by_letter():

@@ -1,4 +1,4 @@
-"""Questions to try a model on: what is built in has the answers it says, files are read or refused in a sentence."""
+"""Questions to try a model on: the built-in ones state right answers; files are read or refused in a sentence."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 
 from data.questions import built_in, load_questions
-from reward import is_correct
+from reward.answer import is_correct
 
 
 def test_the_built_in_answers_are_right():
@@ -20,15 +20,15 @@ def test_the_built_in_answers_are_right():
         "logic": "(A)",
         "counting": 5 - 3,
     }
-    examples = built_in(nano=False, pictures=True)
+    examples = built_in(nano=False, images=True)
     assert [example.id for example in examples] == list(truth)
     for example in examples:
         assert is_correct(str(truth[example.id]), example) and not is_correct("1000", example)
-    assert not any(example.images for example in built_in(nano=False, pictures=False))
+    assert not any(example.images for example in built_in(nano=False, images=False))
 
 
 def test_the_nano_model_is_asked_each_of_its_questions_once():
-    examples = built_in(nano=True, pictures=True)
+    examples = built_in(nano=True, images=True)
     kinds = [example.metadata["question"] for example in examples]
     assert sorted(kinds) == ["blue", "gets", "gives", "more", "red", "total"]
     assert [bool(example.images) for example in examples] == [True] * 4 + [False] * 2
@@ -41,7 +41,7 @@ def test_a_text_file_holds_one_question_a_line(tmp_path):
     assert [(e.id, e.question, e.answer) for e in load_questions(path)] == [("1", "One?", ""), ("3", "Two, é?", "")]
 
 
-def test_json_lines_may_have_pictures_and_need_no_answers(tmp_path):
+def test_json_lines_may_have_images_and_need_no_answers(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     path = tmp_path / "q.jsonl"
     rows = [{"question": "One?", "image": "a.png"}, {"id": "b", "question": "Two?", "choices": ["x", "y"]}]
@@ -55,10 +55,10 @@ def test_json_lines_may_have_pictures_and_need_no_answers(tmp_path):
     [
         ("q.txt", None, "q.txt cannot be read: No such file or directory"),
         ("q.txt", b" \n\n", "q.txt holds no questions; write one on each line"),
-        ("q.txt", b"abc\xff", "q.txt is no text: it is not UTF-8 at byte 3"),
+        ("q.txt", b"abc\xff", "q.txt is no text file: it is not UTF-8 at byte 3"),
         ("q.jsonl", None, "q.jsonl cannot be read: No such file or directory"),
         ("q.jsonl", b"", "q.jsonl holds no rows"),
-        ("q.jsonl", b'{"question": "a", "image": "b.png"}', "line 1: picture 'b.png' is not in"),
+        ("q.jsonl", b'{"question": "a", "image": "b.png"}', "line 1: image 'b.png' is not in"),
         ("q.jsonl", b'{"question": "a", "image": "../b.png"}', "leaves"),
     ],
 )

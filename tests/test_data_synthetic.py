@@ -1,4 +1,4 @@
-"""The embedded task: unseen combinations, true answers, pictures that show what they should, a teacher with a bias."""
+"""The embedded task: unseen combinations, true answers, images that show what they should, a teacher with a bias."""
 
 import io
 import re
@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from data.prompt import demonstration
-from data.synthetic import draw, is_held_out, pairs, synthetic
+from data.synthetic import draw_dots, is_held_out, pairs, synthetic
 
-PICTURE_KINDS = ("red", "blue", "total", "more")
+IMAGE_KINDS = ("red", "blue", "total", "more")
 TEXT_KINDS = ("gets", "gives")
-KINDS = PICTURE_KINDS + TEXT_KINDS
+KINDS = IMAGE_KINDS + TEXT_KINDS
 ANSWER = {
     "red": lambda a, b: a,
     "blue": lambda a, b: b,
@@ -61,12 +61,12 @@ def counted(reasoning: str) -> tuple[str, str]:
 
 
 def several_dots(examples) -> set[bytes]:
-    """The pictures of three dots or more: the few of an empty canvas or a dot or two recur by chance."""
+    """The images of three dots or more: of images with fewer dots there are so few that some recur by chance."""
     return {e.images[0] for e in examples if e.images and e.metadata["a"] + e.metadata["b"] > 2}
 
 
 def count_dots(png: bytes) -> tuple[int, int]:
-    """Red and blue dots, counted as connected regions of its colour."""
+    """The numbers of red and of blue dots, counted as connected regions of one colour."""
     pixels = np.asarray(Image.open(io.BytesIO(png))).astype(int)
     red = (pixels[..., 0] > 200) & (pixels[..., 1] < 100)
     blue = (pixels[..., 2] > 200) & (pixels[..., 1] < 100)
@@ -93,9 +93,9 @@ def test_no_combination_is_in_both_splits(train, test):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_about_a_quarter_of_the_pairs_is_held_out(kind):
-    """Every pair is on one side, 22% to 27% of them in test; which ones is fixed, or shipped weights have seen them."""
+    """Every pair is on one side, 22% to 27% in test. The choice is fixed: shipped weights must not have seen these."""
     both = pairs(kind, "train") + pairs(kind, "test")
-    up_to_a, up_to_b = (5, 5) if kind in PICTURE_KINDS else (9, 5)
+    up_to_a, up_to_b = (5, 5) if kind in IMAGE_KINDS else (9, 5)
     ordered = kind in ("more", "gives")
     assert sorted(both) == [(a, b) for a in range(up_to_a + 1) for b in range(up_to_b + 1) if a >= b or not ordered]
     sizes = {"red": (8, 36), "blue": (8, 36), "total": (9, 36), "more": (5, 21), "gets": (15, 60), "gives": (12, 45)}
@@ -114,7 +114,7 @@ def test_about_a_quarter_of_the_pairs_is_held_out(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_answer_is_in_both_splits(kind):
-    """What only one pair gives cannot be, and is in training. No answer is that of over 1/4 of the test pairs."""
+    """Except one that only one pair gives: it is in training. No answer is that of more than 1/4 of the test pairs."""
     answers = {split: Counter(ANSWER[kind](a, b) for a, b in pairs(kind, split)) for split in ("train", "test")}
     single = {answer for answer, count in (answers["train"] + answers["test"]).items() if count == 1}
     assert set(answers["train"]) == set(answers["train"] + answers["test"])
@@ -126,7 +126,7 @@ def test_every_answer_is_in_both_splits(kind):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_count_is_in_both_splits(split):
     """Each number of red and of blue dots, 0 to 5, is shown on either side, and so is each operand in text."""
-    for kinds, up_to_a, up_to_b in ((PICTURE_KINDS, 5, 5), (TEXT_KINDS, 9, 5)):
+    for kinds, up_to_a, up_to_b in ((IMAGE_KINDS, 5, 5), (TEXT_KINDS, 9, 5)):
         shown = [pair for kind in kinds for pair in pairs(kind, split)]
         assert {a for a, _ in shown} == set(range(up_to_a + 1))
         assert {b for _, b in shown} == set(range(up_to_b + 1))
@@ -134,7 +134,7 @@ def test_every_count_is_in_both_splits(split):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_combination_is_drawn_about_equally_often(split, request):
-    """Two pictures to one text, kinds alike, pairs of a kind alike: each within five standard deviations."""
+    """Two images for one text, then all kinds equally often, then all pairs of a kind: within 5 standard deviations."""
     examples = request.getfixturevalue(split)
     size = len(examples)
     assert sum(e.metadata["kind"] == "text" for e in examples) == size // 3
@@ -147,12 +147,12 @@ def test_every_combination_is_drawn_about_equally_often(split, request):
 
 
 def test_answers_are_true(train, test):
-    """Answer, question and reference agree with the numbers of the example; a question names its own text's numbers."""
+    """Answer and reference agree with the numbers of the example; the question names them in a text problem only."""
     for example in train + test:
         kind, a, b = combination(example)
         answer = ANSWER[kind](a, b)
         assert example.answer == str(answer) and example.answer_type == "integer"
-        assert example.metadata["kind"] == ("image" if kind in PICTURE_KINDS else "text")
+        assert example.metadata["kind"] == ("image" if kind in IMAGE_KINDS else "text")
         assert re.findall(r"\d+", example.question) == ([str(a), str(b)] if kind in TEXT_KINDS else [])
         reasoning, given = said(demonstration(example))
         assert given == answer and reasoning == example.reference
@@ -161,7 +161,7 @@ def test_answers_are_true(train, test):
         else:
             sign = SIGN[kind]
             assert counted(reasoning) == (f"{a}{sign}{b}", f"{answer}{sign}0")
-            assert reasoning.startswith(f"{a} red, {b} blue. ") == (kind in PICTURE_KINDS)
+            assert reasoning.startswith(f"{a} red, {b} blue. ") == (kind in IMAGE_KINDS)
 
 
 def test_wording():
@@ -185,28 +185,28 @@ def test_one_is_singular():
     assert not any(" has 1 books " in question for question in questions)
 
 
-def test_pictures_show_the_dots(test):
-    """Counting the coloured regions of 300 pictures gives a and b: dots neither touch nor leave the picture."""
-    pictures = [e for e in test if e.images][:300]
-    for example in pictures:
+def test_images_show_the_dots(test):
+    """Counting the coloured regions of 300 images gives a and b: dots neither touch nor leave the image."""
+    images = [e for e in test if e.images][:300]
+    for example in images:
         assert count_dots(example.images[0]) == (example.metadata["a"], example.metadata["b"])
 
 
-def test_crowded_pictures_fit():
-    """Ten dots, drawn 200 times, stay ten separate regions of a 32 x 32 RGB picture."""
+def test_crowded_images_fit():
+    """Ten dots, drawn 200 times, stay ten separate regions of a 32 x 32 RGB image."""
     for seed in range(200):
-        png = draw(5, 5, Random(seed))
+        png = draw_dots(5, 5, Random(seed))
         image = Image.open(io.BytesIO(png))
         assert (image.size, image.mode, image.format) == ((32, 32), "RGB", "PNG")
         assert count_dots(png) == (5, 5)
 
 
-def test_texts_have_no_picture(train):
+def test_texts_have_no_image(train):
     assert all(len(e.images) == (e.metadata["kind"] == "image") for e in train)
 
 
 def test_same_seed_same_bytes(train):
-    """A list begins with the shorter one of its seed, byte for byte, whichever teacher; another seed draws anew."""
+    """A longer list begins with the shorter one of its seed, byte for byte, for any teacher; another seed differs."""
     again = synthetic("train", 100, 5, teacher="hasty")
     assert again == train[:100]
     exact = synthetic("train", 100, 5)
@@ -214,16 +214,16 @@ def test_same_seed_same_bytes(train):
     assert not several_dots(synthetic("train", 1000, 6)) & several_dots(train)
 
 
-def test_no_picture_is_in_both_splits(train, test):
-    """Bar those of 0 to 2 dots, of which there are not so many. Nor is one drawn twice in a split."""
+def test_no_image_is_in_both_splits(train, test):
+    """Except images of 0 to 2 dots, of which there are only few. No image comes twice in a split either."""
     assert not several_dots(train) & several_dots(test)
     several = [e for e in train if e.images and e.metadata["a"] + e.metadata["b"] > 2]
     assert len(several_dots(train)) == len(several)
 
 
-def test_one_picture_is_fixed():
-    """Rows of a picture of one red and one blue dot: what is drawn for a seed does not change unnoticed."""
-    pixels = np.asarray(Image.open(io.BytesIO(draw(1, 1, Random(0)))))
+def test_one_image_is_fixed():
+    """The pixel rows of an image with one red and one blue dot: a change of what a seed draws is noticed here."""
+    pixels = np.asarray(Image.open(io.BytesIO(draw_dots(1, 1, Random(0)))))
     letters = {(230, 40, 40): "r", (50, 80, 235): "b", (252, 252, 252): "."}
     rows = ["".join(letters[tuple(pixel)] for pixel in row) for row in pixels.tolist()]
     assert rows == [
@@ -268,7 +268,7 @@ def test_the_hasty_teacher_undercounts(train):
 
 
 def test_the_hasty_teacher_stops_early_in_text_problems(train):
-    """It counts from a, in 60% of the problems with b of 3 or more one step too few, else b steps; and answers that."""
+    """It counts b steps from a, but one step less in 60% of the problems with b of 3 or more, and answers that."""
     slips = []
     for example in (e for e in train if not e.images):
         kind, a, b = combination(example)

@@ -37,7 +37,7 @@ def healthy(steps: int = 40) -> list[dict]:
 
 
 def changed(**names) -> list[dict]:
-    """The healthy log with some metrics as functions of the step's index."""
+    """The healthy log, but with functions of the line's number, from 0, for some metrics."""
     lines = healthy()
     for i, line in enumerate(lines):
         line.update({name: change(i) for name, change in names.items()})
@@ -108,6 +108,7 @@ def test_a_few_steps_are_too_few_to_call_a_reward_flat():
 
 
 def test_every_flag_that_is_named_exists():
-    named = set(re.findall(r"--([a-z][a-z-]+)", Path(diagnosis.__file__).read_text(encoding="utf-8")))
+    files = [Path(diagnosis.__file__).with_suffix(suffix) for suffix in (".py", ".toml")]
+    named = set(re.findall(r"--([a-z][a-z-]+)", "".join(path.read_text(encoding="utf-8") for path in files)))
     assert len(named) > 15
     assert named <= {entry.name.replace("_", "-") for entry in fields(Settings)}

@@ -21,14 +21,16 @@ from transformers import AutoModelForImageTextToText
 import eval as evaluation
 from data.example import Example
 from data.synthetic import synthetic
-from gemma3.config import NANO
 from gemma3.files.adapter import save_adapter
+from gemma3.files.published import NANO
 from gemma3.files.weights import load_checkpoint
-from gemma3.lora import LoraConfig, init_lora
-from gemma3.mesh import make_mesh
+from gemma3.lora import LoraConfig, Policy, init_lora
+from gemma3.mesh import Model, make_mesh
 from gemma3.tokenizer import Tokenizer
-from grpo.use.eval_settings import EvalSettings
-from train import new_nano
+from grpo.reader import Reader
+from grpo.run.setup import new_nano
+from grpo.use.evaluate import by_purpose, given_logps, trained_on, with_images
+from reward.report import Result, completion_is_correct
 
 torch.set_num_threads(1)
 
@@ -62,7 +64,7 @@ def adapter(nano):
 
 @pytest.fixture(scope="module")
 def reader(nano):
-    return evaluation.Reader(NANO, Tokenizer(nano, NANO), "bare", "answer")
+    return Reader(Model(NANO, make_mesh(1, 1)), Tokenizer(nano, NANO), "bare", "answer", max_prompt_length=32)
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def of_model(lines: list[dict], name: str) -> list[dict]:
 
 
 def test_the_adapters_figures_stand_beside_the_bases(run, adapter, nano):
-    """With --no-base they stand alone, and equal; and the base is the model that the adapter names, by itself."""
+    """With --no-base they stand alone, unchanged. The base's figures are those of the model that the adapter names."""
     both = run("--ckpt", adapter, "--limit", 7, "--max-completion-length", 9)
     assert of_model(both.lines, "base") != of_model(both.lines, "adapter")
     assert [line["id"] for line in of_model(both.lines, "adapter")] == [f"test-0-{i}" for i in range(7)]
@@ -113,16 +115,16 @@ def test_the_adapters_figures_stand_beside_the_bases(run, adapter, nano):
 
 def test_completions_do_not_depend_on_the_batch_or_the_mesh(run, nano):
     """Sampled at temperature 1, three of each: one batch of 5 on one device, or batches of 2 on two."""
-    flags = ("--ckpt", nano, "--limit", 5, "--max-completion-length", 9, "--temperature", 1, "--num-samples", 3)
+    flags = ("--ckpt", nano, "--limit", 5, "--max-completion-length", 9, "--temperature", 1, "--num-generations", 3)
     whole, parts = run(*flags), run(*flags, "--batch-size", 2, "--mesh", "2,1")
     assert len(whole.lines) == 15 and len({line["completion"] for line in whole.lines}) == 15
     assert whole.lines == parts.lines
     assert list(whole.figures["model"]["samples"]) == ["pass@1", "pass@2", "maj@3"]
 
 
-def test_with_blank_pictures_the_question_decides(run, nano):
-    """Then all examples of one question have one greedy completion."""
-    found = run("--ckpt", nano, "--limit", 24, "--max-completion-length", 9, "--pictures", "blank")
+def test_with_blank_images_the_question_decides(run, nano):
+    """All examples with the same question then have the same greedy completion."""
+    found = run("--ckpt", nano, "--limit", 24, "--max-completion-length", 9, "--images", "blank")
     questions = {example.id: example.question for example in synthetic("test", 24, 0)}
     pairs = {(questions[line["id"]], line["completion"]) for line in found.lines}
     assert len(pairs) == len(set(questions.values())) < 24
@@ -139,8 +141,8 @@ def mathvista(tmp_path_factory):
     ]
     tasks = ("math word problem", "visual question answering")
     for i, row in enumerate(rows):
-        picture = {"bytes": png((60 * i, 90, 120)), "path": None}
-        row |= {"question": f"Which of {i}?", "image": f"images/{i + 1}.jpg", "decoded_image": picture, "unit": None}
+        image = {"bytes": png((60 * i, 90, 120)), "path": None}
+        row |= {"question": f"Which of {i}?", "image": f"images/{i + 1}.jpg", "decoded_image": image, "unit": None}
         row.setdefault("answer", "blue")
         skills = ["geometry reasoning", "logical reasoning"][: 1 + i % 2]
         row["metadata"] = METADATA | {"task": tasks[i % 2], "skills": skills}
@@ -152,13 +154,13 @@ def mathvista(tmp_path_factory):
 
 
 def test_mathvista_is_scored_officially_and_broken_down(run, nano, mathvista, monkeypatch):
-    """On given completions, by hand: 1 answers in free text, which our own reading does not take, and 2 is wrong."""
+    """On given completions, by hand: pid 1 answers in free text, which our own reading refuses, and pid 2 is wrong."""
     completions = ("I think (B).", RIGHT.format("8"), RIGHT.format("0.5"), RIGHT.format("[1,2]"))
     flags = ("--ckpt", nano, "--data", mathvista, "--max-prompt-length", 400, "--max-completion-length", 4)
 
-    def answer(params, lora, examples, reader, **_):
+    def answer(policy, examples, reader, **_):
         return [
-            [evaluation.Result(e, text, evaluation.is_right(text, e, "answer"), False, True, 1)]
+            [Result(e, text, completion_is_correct(text, e, "answer"), False, True, 1)]
             for e, text in zip(examples, completions, strict=True)
         ]
 
@@ -166,7 +168,7 @@ def test_mathvista_is_scored_officially_and_broken_down(run, nano, mathvista, mo
     found = run(*flags)
     figures = found.figures["model"]
     assert figures["accuracy"] == 0.5
-    assert "MathVista's score is that of its current scorer" in found.printed
+    assert "MathVista's current scorer: an answer that it cannot read counts" in found.printed
     official = figures["mathvista"]
     assert (official["all"]["accuracy"], official["all"]["n"]) == (0.75, 4)
     assert official["task"]["math word problem"] | {"interval": 0} == {"accuracy": 1.0, "n": 2, "interval": 0}
@@ -188,7 +190,7 @@ def test_mathvista_is_scored_officially_and_broken_down(run, nano, mathvista, mo
 
 
 def test_the_mathvista_stand_in_runs_end_to_end(run, nano, shared_data):
-    """Its first 8 problems, pictures and all; the longest prompts are left out and counted."""
+    """Its first 8 problems, images and all; the longest prompts are left out and counted."""
     data = shared_data / "mathvista" / "testmini_standin.parquet"
     flags = ("--ckpt", nano, "--data", data, "--limit", 8, "--max-prompt-length", 300, "--max-completion-length", 4)
     found = run(*flags)
@@ -207,7 +209,7 @@ def test_gsm8k_has_its_strict_and_flexible_accuracy(run, nano, tmp_path):
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory):
-    """Three rows to compare, one with a picture; one whose completions have no rewards; one to sample."""
+    """Three rows to compare, one with an image; one whose completions have no rewards; one to sample."""
     path = tmp_path_factory.mktemp("preferences") / "rows.jsonl"
     (path.parent / "a.png").write_bytes(png("red"))
     return write_rows(
@@ -229,7 +231,7 @@ def test_preference_accuracy_is_that_of_the_log_probs_and_of_the_reward(run, nan
     assert lines["c"]["rewards"] == [None, None] and "completion" in lines["e"] and "d" not in lines
     assert "left out 1 of 5 rows, whose completions' rewards do not differ" in found.printed
     figures = found.figures["model"]
-    # Of b's pairs 2 > 0.5 > 1 in the data, the reward ties the first and has the other two the wrong way round.
+    # The data orders b's completions 2 > 0 > 1. The reward ties 2 and 0, and has the other pairs the wrong way round.
     assert figures["preference"]["reward"]["accuracy"] == pytest.approx((1 + 0.5 / 3) / 2)
     assert figures["preference"]["reward"]["n"] == 2
     (a, b, c) = (lines[id]["logps"] for id in "abc")
@@ -248,17 +250,7 @@ def test_log_probs_of_given_completions_equal_hugging_faces(nano, reader, tmp_pa
         Example("b", "Ann has 2 coins.", "", completions=("2 3 4", "no", RIGHT.format(4))),
         Example("c", "How?", "", completions=("", "so")),
     ]
-    found = evaluation.given_logps(
-        params,
-        None,
-        examples,
-        reader,
-        mesh=make_mesh(1, 1),
-        max_prompt_length=32,
-        max_completion_length=70,
-        max_images=0,
-        batch_size=2,
-    )
+    found = given_logps(Policy(params), examples, reader, max_completion_length=70, batch_size=2)
     assert [len(group) for group in found] == [2, 3, 2]
     for example, logps in zip(examples, found, strict=True):
         prompt = reader(example).ids
@@ -273,57 +265,44 @@ def test_log_probs_of_given_completions_equal_hugging_faces(nano, reader, tmp_pa
 def test_completions_that_do_not_fit_are_left_out_and_counted(reader, capsys):
     long = Example("l", "q", "", completions=("a " * 40, "b"), completion_rewards=(1, 0))
     short, asked = dataclasses.replace(long, completions=("a", "b")), Example("s", "q", "1")
-    assert evaluation.by_purpose([long, asked, short], reader, 20, "mine") == ([asked], [short])
+    assert by_purpose([long, asked, short], reader, 20, "mine") == ([asked], [short])
     assert capsys.readouterr().out == "mine: left out 1 of 3 rows, with completions longer than 20 tokens\n"
     with pytest.raises(ValueError, match="mine: no row is left to evaluate; raise --max-completion-length"):
-        evaluation.by_purpose([long], reader, 20, "mine")
+        by_purpose([long], reader, 20, "mine")
 
 
-def test_shuffled_pictures_are_those_of_others():
-    """Each picture is used once, none by its own example; examples without one keep none."""
+def test_shuffled_images_are_those_of_others():
+    """Each image is used once, none by its own example; examples without one keep none."""
     examples = [Example(str(i), "q", "", images=() if i % 3 == 2 else (b"%d" % i,)) for i in range(11)]
     for seed in range(20):
-        moved = evaluation.shown(examples, "shuffled", seed)
+        moved = with_images(examples, "shuffled", seed)
         assert sorted(e.images for e in moved) == sorted(e.images for e in examples)
         assert all(new.images != old.images for new, old in zip(moved, examples, strict=True) if old.images)
         assert all(bool(new.images) == bool(old.images) for new, old in zip(moved, examples, strict=True))
 
 
-def test_blank_pictures_are_one_grey():
+def test_blank_images_are_one_grey():
     examples = [Example("0", "q", "", images=(b"x", b"y")), Example("1", "q", "")]
-    blank, text = evaluation.shown(examples, "blank", 0)
+    blank, text = with_images(examples, "blank", 0)
     assert [Image.open(io.BytesIO(file)).getcolors() for file in blank.images] == [[(32 * 32, (240, 240, 240))]] * 2
     assert text.images == ()
-    with pytest.raises(ValueError, match="--pictures shuffled: 1 of 2 examples have any; leave it out"):
-        evaluation.shown(examples, "shuffled", 0)
-    with pytest.raises(ValueError, match="--pictures blank: 0 of 1 examples have any; leave it out"):
-        evaluation.shown(examples[1:], "blank", 0)
+    with pytest.raises(ValueError, match="--images shuffled: 1 of 2 examples have any; leave it out"):
+        with_images(examples, "shuffled", 0)
+    with pytest.raises(ValueError, match="--images blank: 0 of 1 examples have any; leave it out"):
+        with_images(examples[1:], "blank", 0)
 
 
 def test_what_a_run_trained_on_is_known_under_another_name(mathvista, tmp_path):
-    assert evaluation.trained_on("gsm8k", {"data": "gsm8k"})
-    assert evaluation.trained_on(str(mathvista), {"data": "mathvista"})
-    assert not evaluation.trained_on(str(mathvista), {"data": "gsm8k"})
-    assert not evaluation.trained_on(str(mathvista), {"data": "synthetic"})
-    assert not evaluation.trained_on(str(mathvista), {"data": str(tmp_path / "gone.jsonl")})
-    assert not evaluation.trained_on("synthetic", {})
-
-
-def test_what_is_not_given_is_as_the_run_was_trained():
-    run = {"data": "gsm8k", "wording": "role", "format": "solution", "max_prompt_length": 77, "reward": "format"}
-    run |= {"max_completion_length": 88, "pan_and_scan": True, "dtype": "bfloat16", "out": "elsewhere", "seed": 9}
-    own = evaluation.resolve_settings(EvalSettings(ckpt="RUN", max_prompt_length=66), run)
-    assert (own.data, own.split, own.wording, own.format) == ("gsm8k", "test", "role", "solution")
-    assert (own.max_prompt_length, own.max_completion_length, own.pan_and_scan) == (66, 88, True)
-    assert (own.dtype, own.seed, str(own.out)) == ("float32", 0, "RUN/eval.json")
-    other = evaluation.resolve_settings(EvalSettings(ckpt="RUN", data="mathvista"), run)
-    assert (other.split, other.wording, other.format, other.max_prompt_length) == ("all", "instructed", "solution", 512)
-    model = evaluation.resolve_settings(EvalSettings(), {})
-    assert (model.data, model.split, model.wording, str(model.out)) == ("synthetic", "test", "bare", "eval.json")
+    assert trained_on("gsm8k", {"data": "gsm8k"})
+    assert trained_on(str(mathvista), {"data": "mathvista"})
+    assert not trained_on(str(mathvista), {"data": "gsm8k"})
+    assert not trained_on(str(mathvista), {"data": "synthetic"})
+    assert not trained_on(str(mathvista), {"data": str(tmp_path / "gone.jsonl")})
+    assert not trained_on("synthetic", {})
 
 
 def test_a_question_is_answered_before_and_after_training(adapter, tmp_path, capsys):
-    """With a picture; neither an evaluation nor any file is made of it."""
+    """The question comes with an image; no evaluation is run and no file is written."""
     (tmp_path / "a.png").write_bytes(png("red"))
     flags = ["--ckpt", adapter, "--prompt", "How many red dots?", "--image", tmp_path / "a.png"]
     evaluation.main([*map(str, flags), "--base", "--max-completion-length", "9", "--strategy", "standard"])
@@ -337,15 +316,18 @@ def test_a_question_is_answered_before_and_after_training(adapter, tmp_path, cap
 
 def test_a_model_without_a_vision_tower_is_shown_nothing(nano):
     config = dataclasses.replace(NANO, vision=None)
-    reader = evaluation.Reader(config, Tokenizer(nano, config), "bare", "answer")
-    with pytest.raises(ValueError, match="the picture cannot be shown: this model reads text only"):
+    reader = Reader(Model(config, make_mesh(1, 1)), Tokenizer(nano, config), "bare", "answer")
+    with pytest.raises(ValueError, match="the image cannot be shown: this model reads text only"):
         reader.views(png("red"))
 
 
 def test_bad_input_ends_in_a_sentence(tmp_path):
-    """And on the command line in exit code 2, with that sentence and no traceback."""
+    """On the command line it also means exit code 2, that sentence and no traceback."""
     with pytest.raises(ValueError, match=r"no/where/at/all is not a directory; pass a model directory, a name such as"):
         evaluation.main(["--ckpt", "no/where/at/all"])
+    with pytest.raises(ValueError, match="holds no adapter and no weights; pass a run that has saved, an adapter or a"):
+        evaluation.main(["--ckpt", str(tmp_path)])
+    (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"is not a model directory: it has no config\.json"):
         evaluation.main(["--ckpt", str(tmp_path)])
     with pytest.raises(ValueError, match="'nope' is no known dataset and no file or folder; known are synthetic, the"):
@@ -354,7 +336,7 @@ def test_bad_input_ends_in_a_sentence(tmp_path):
         evaluation.main(["--prompt", "2+2?", "--base"])
     with pytest.raises(ValueError, match=r"none\.png cannot be read: No such file or directory"):
         evaluation.main(["--prompt", "2+2?", "--image", str(tmp_path / "none.png")])
-    command = [sys.executable, str(Path(evaluation.__file__)), "--num-samples", "3"]
+    command = [sys.executable, str(Path(evaluation.__file__)), "--num-generations", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    sentence = "error: --num-samples 3: greedy samples of an example are all alike; add --temperature 1\n"
+    sentence = "error: --num-generations 3: greedy completions of an example are all alike; add --temperature 1\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, sentence, "")

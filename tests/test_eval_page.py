@@ -3,16 +3,16 @@
 import base64
 import io
 import re
-from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 
 from data.example import Example
-from grpo.pages.eval_page import bars, chosen, write_page
+from grpo.pages.eval_page import chosen, write_eval_page
 
 NASTY = '<script>alert("x")</script> & </pre><b>'
 FIGURES = {
@@ -51,11 +51,11 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path):
-    """Four examples: right and wrong by the base, then by the adapter; the third has hostile text and a picture."""
+    """Four examples: right and wrong by the base, then by the adapter; the third has hostile text and an image."""
     examples = [Example(f"e{i}", f"question {i}?", f"answer {i}") for i in range(4)]
     examples[2] = Example(f"{NASTY}2", f"{NASTY}?", NASTY, images=(png((9, 80, 200)),), choices=(NASTY, "other"))
     base, adapter = (True, False, False, True), (True, True, False, False)
-    write_page(
+    write_eval_page(
         tmp_path / "eval.html",
         f"Evaluation of {NASTY}",
         FIGURES,
@@ -87,10 +87,10 @@ def test_text_is_never_markup(page):
     assert page.count(escape(f"base {NASTY}")) == 4
 
 
-def test_pictures_are_in_the_page(page):
+def test_images_are_in_the_page(page):
     (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    assert picture.shape == (3, 5, 3) and (picture == (9, 80, 200)).all()
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert image.shape == (3, 5, 3) and (image == (9, 80, 200)).all()
 
 
 def test_each_choice_of_the_filter_hides_what_is_not_of_its_class(page):
@@ -100,10 +100,10 @@ def test_each_choice_of_the_filter_hides_what_is_not_of_its_class(page):
 
 
 def test_one_model_alone_has_nothing_to_compare(tmp_path):
-    """And of many samples the first four are shown; one right of two is right enough."""
+    """Of many samples the first four are shown; an example with half of its samples right counts as right."""
     example = Example("a", "q?", "1")
     samples = [answer(example, i % 2 == 0, f"sample {i}.") for i in range(6)]
-    write_page(tmp_path / "a.html", "t", {"model": FIGURES["base"]}, {"model": [samples]})
+    write_eval_page(tmp_path / "a.html", "t", {"model": FIGURES["base"]}, {"model": [samples]})
     page = (tmp_path / "a.html").read_text()
     assert re.findall(r'name="show" id="(\w+)"', page) == ["all", "right", "wrong"]
     assert re.findall(r"sample (\d)\.", page) == ["0", "1", "2", "3"] and "and 2 more samples" in page
@@ -111,19 +111,20 @@ def test_one_model_alone_has_nothing_to_compare(tmp_path):
 
 
 def test_an_evaluation_without_completions_has_its_figures(tmp_path):
-    write_page(tmp_path / "a.html", "t", {"model": {"preference": {"policy": FIGURES["base"]}}}, {})
+    write_eval_page(tmp_path / "a.html", "t", {"model": {"preference": {"policy": FIGURES["base"]}}}, {})
     page = (tmp_path / "a.html").read_text()
     assert "preference: policy" in page and "25.0%" in page and "<article" not in page
 
 
-def test_bars_are_as_long_as_the_numbers_say():
-    """And stand for every figure, however deep, of each model that has it."""
+def test_bars_are_as_long_as_the_numbers_say(tmp_path):
+    """There is a bar for every figure, however deep, of each model that has it."""
     figures = {"base": FIGURES["base"], "adapter": FIGURES["adapter"] | {"skills": {"a_b": FIGURES["base"]}}}
     figures["base"] = figures["base"] | {"skills": {"a_b": FIGURES["adapter"]}}
-    markup = bars(figures)
+    write_eval_page(tmp_path / "a.html", "t", figures, {})
+    markup = (tmp_path / "a.html").read_text()
     assert re.findall(r'<i style="width:([\d.]+)%"', markup) == ["25.0", "50.0", "50.0", "25.0"]
     assert '<b style="left:10.0%;width:40.0%">' in markup and "skills: a b" in markup
-    assert "25.0% <span class='dim'>(10.0 to 50.0)</span>" in markup
+    assert '25.0% <span class="dim">(10.0 to 50.0)</span>' in markup
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gemma3.config import CONFIGS, NANO
-from gemma3.sample import Sampling
-from grpo.use.eval_settings import STRATEGIES, EvalSettings, find_models, resolve_use
+from gemma3.files.published import CONFIGS, NANO
+from gemma3.filters import Sampling
+from grpo.use.eval_settings import STRATEGIES, EvalSettings, find_models, resolve_settings, resolve_use
 
 
 def make_run(path, trained: str | None, config: bool = True):
@@ -18,6 +19,7 @@ def make_run(path, trained: str | None, config: bool = True):
         (path / "config.json").write_text(json.dumps({"settings": {"model": "org/base", "data": "gsm8k"}}))
     if trained:
         (path / trained).mkdir()
+        (path / trained / {"adapter": "adapter_config.json", "model": "model.safetensors"}[trained]).write_text("{}")
     return path
 
 
@@ -57,21 +59,24 @@ def test_a_bad_ckpt_is_refused_in_a_sentence(tmp_path):
         find_models(str(make_run(tmp_path / "empty", None)), None, with_base=True)
     with pytest.raises(ValueError, match=r"lost: this run has lost its config\.json; give its adapter or model"):
         find_models(str(make_run(tmp_path / "lost", "adapter", config=False)), None, with_base=True)
-    with pytest.raises(ValueError, match="a: the adapter does not name its base model; give it with --model"):
+    with pytest.raises(ValueError, match=r"a/adapter_config\.json does not name the base model; give it with --model"):
         find_models(str(make_adapter(tmp_path / "a", None)), None, with_base=True)
-    with pytest.raises(ValueError, match="org/model is no run and no adapter, so --model has no use; leave it out"):
+    with pytest.raises(ValueError, match="org/model is a whole model, so --model org/base has no use; leave it out"):
         find_models("org/model", "org/base", with_base=True)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_samples": 0}, "--num-samples 0: it must be at least 1"),
+        ({"num_generations": 0}, "--num-generations 0: it must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0: it must be at least 1"),
         ({"max_completion_length": 0}, "--max-completion-length 0: it must be at least 1"),
-        ({"limit": -1}, "--limit -1: it must be 0 or more"),
-        ({"temperature": -0.5}, "--temperature -0.5: it must be 0 or more"),
-        ({"num_samples": 4}, "--num-samples 4: greedy samples of an example are all alike; add --temperature 1"),
+        ({"limit": -1}, "--limit -1: it must be at least 0"),
+        ({"temperature": -0.5}, "--temperature -0.5: it must be finite and at least 0"),
+        (
+            {"num_generations": 4},
+            "--num-generations 4: greedy completions of an example are all alike; add --temperature 1",
+        ),
         ({"chat": True, "batch": Path("q")}, "--chat and --batch are different ways to use a model; give one of them"),
         ({"prompt": "2+2?", "examples": True}, "--prompt and --examples are different ways to use a model"),
         ({"image": ("a.png",)}, "--image goes with --prompt; in --chat type /image, in a --batch .jsonl give it an"),
@@ -86,11 +91,33 @@ def test_a_bad_ckpt_is_refused_in_a_sentence(tmp_path):
             {"compare_strategies": True, "examples": True, "strategy": "greedy"},
             "leave --strategy and --temperature out",
         ),
-        ({"chat": True, "base": True}, "--chat talks to one model; leave --base out, or compare by --prompt"),
+        ({"chat": True, "base": True}, "--chat takes one model; leave --base out, or compare by --prompt"),
+        ({"export": Path("out"), "base": True}, "--export takes one model; leave --base out"),
         ({"chat": True, "wording": "hint"}, "--wording hint is for a dataset's problems; with --chat use another"),
         ({"chat": True, "data": "gsm8k"}, "--data is for evaluating; leave it out with --chat"),
-        ({"batch": Path("q"), "num_samples": 2, "temperature": 1.0}, "--num-samples is for evaluating; leave it out"),
-        ({"num_samples": 4, "strategy": "greedy"}, "--num-samples 4: greedy samples of an example are all alike"),
+        (
+            {"batch": Path("q"), "num_generations": 2, "temperature": 1.0},
+            "--num-generations is for evaluating; leave it out",
+        ),
+        (
+            {"num_generations": 4, "strategy": "greedy"},
+            "--num-generations 4: greedy completions of an example are all alike",
+        ),
+        ({"adapter_only": True}, "--adapter-only goes with --export, the folder to write"),
+        (
+            {"export": Path("out"), "adapter_only": True, "dtype": "float32"},
+            "--dtype float32 is of merged weights; leave it or --adapter-only out",
+        ),
+        (
+            {"dtype": "float16"},
+            "--dtype float16 is for --export: its range is too small to run Gemma 3 in; use bfloat16",
+        ),
+        ({"chat": True, "dtype": "float16"}, "--dtype float16 is for --export"),
+        ({"export": Path("out"), "chat": True}, "--chat and --export are different ways to use a model; give one of"),
+        ({"export": Path("out"), "data": "gsm8k"}, "--data is for evaluating; leave it out with --export"),
+        ({"export": Path("out"), "out": Path("a")}, "--out is for evaluating; leave it out with --export"),
+        ({"export": Path("out"), "report": ("a",)}, "--export and --report are different ways to use a model"),
+        ({"report": ("a", "b"), "limit": 3}, "--limit is for evaluating; leave it out with --report"),
     ],
 )
 def test_bad_flags_are_named(flags, message):
@@ -99,13 +126,15 @@ def test_bad_flags_are_named(flags, message):
 
 
 def test_how_a_model_is_used_is_told_by_one_flag():
-    uses = {"chat": True, "prompt": "2+2?", "batch": Path("q"), "examples": True}
+    uses = {"chat": True, "prompt": "2+2?", "batch": Path("q"), "examples": True, "export": Path("o"), "report": ("a",)}
     assert [EvalSettings(**{name: value}).use for name, value in uses.items()] == list(uses)
     assert EvalSettings().use is None
+    assert EvalSettings(report=("a", "b"), out=Path("page.html")).use == "report"
+    assert EvalSettings(export=Path("o"), dtype="float16").use == "export"
 
 
 def test_strategies_are_ways_of_sampling_by_name():
-    """From greedy to wild; a temperature of one's own is one of them too."""
+    """They go from greedy to wild; a temperature that the user gives is a strategy too."""
     temperatures = [sampling.temperature for sampling in STRATEGIES.values()]
     assert list(STRATEGIES) == ["greedy", "conservative", "standard", "creative"]
     assert temperatures == sorted(temperatures) and temperatures[0] == 0
@@ -116,8 +145,15 @@ def test_strategies_are_ways_of_sampling_by_name():
     assert EvalSettings(prompt="2+2?", compare_strategies=True).strategies == STRATEGIES
 
 
+def test_ways_of_sampling_have_the_sizes_that_are_asked_for():
+    sized = Sampling(0.5, num_generations=3, max_completion_length=20)
+    assert EvalSettings(temperature=0.5, num_generations=3, max_completion_length=20).sampling == sized
+    of_all = EvalSettings(prompt="2+2?", compare_strategies=True, max_completion_length=20).strategies
+    assert of_all == {name: replace(sampling, max_completion_length=20) for name, sampling in STRATEGIES.items()}
+
+
 def test_a_model_is_used_as_it_was_trained():
-    """But for how much it may read, and for wordings that only a dataset's problems have."""
+    """Except for how much it may read, and for wordings that only a dataset's problems have."""
     run = {
         "wording": "hint",
         "format": "solution",
@@ -134,3 +170,16 @@ def test_a_model_is_used_as_it_was_trained():
     assert (nano.wording, nano.format, nano.max_prompt_length) == ("role", "answer", 66)
     alone = resolve_use(EvalSettings(examples=True), {}, "nano", NANO)
     assert (alone.wording, alone.max_completion_length, alone.max_prompt_length) == ("bare", 56, 2048)
+
+
+def test_what_is_not_given_is_as_the_run_was_trained():
+    run = {"data": "gsm8k", "wording": "role", "format": "solution", "max_prompt_length": 77, "reward": "format"}
+    run |= {"max_completion_length": 88, "pan_and_scan": True, "dtype": "bfloat16", "out": "elsewhere", "seed": 9}
+    own = resolve_settings(EvalSettings(ckpt="RUN", max_prompt_length=66), run)
+    assert (own.data, own.split, own.wording, own.format) == ("gsm8k", "test", "role", "solution")
+    assert (own.max_prompt_length, own.max_completion_length, own.pan_and_scan) == (66, 88, True)
+    assert (own.dtype, own.seed, str(own.out)) == ("float32", 0, "RUN/eval.json")
+    other = resolve_settings(EvalSettings(ckpt="RUN", data="mathvista"), run)
+    assert (other.split, other.wording, other.format, other.max_prompt_length) == ("all", "instructed", "solution", 512)
+    model = resolve_settings(EvalSettings(), {})
+    assert (model.data, model.split, model.wording, str(model.out)) == ("synthetic", "test", "bare", "eval.json")

@@ -6,14 +6,17 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
+from string import Formatter
 
 import numpy as np
 import pytest
 
+import train
+from gemma3.lora import Policy
 from grpo.algorithm import group_advantages
 from grpo.pages import explain
+from grpo.pages.story import Formula
 from grpo.run.settings import Settings
-from grpo.step import log_probs
 
 PROJECT = Path(__file__).parents[1]
 
@@ -31,11 +34,11 @@ def told(tmp_path_factory):
     take_step = explain.take_step
     printed = path.with_suffix(".txt")
     with pytest.MonkeyPatch.context() as patch, printed.open("w", encoding="utf-8") as terminal:
-        patch.setattr(sys, "argv", ["explain", "--page", str(path)])
+        patch.setattr(sys, "argv", ["train.py", "--explain", str(path)])
         patch.setattr(explain, "take_step", remembered)
         patch.setattr(sys, "stdout", terminal)
         patch.setenv("COLUMNS", "200")
-        explain.main()
+        train.main()
     return taken[0], printed.read_text(encoding="utf-8"), path.read_text(encoding="utf-8")
 
 
@@ -43,13 +46,13 @@ def log_probs_of_completions(taken):
     return np.where(taken.mask, taken.logps, 0.0).sum(axis=-1)  # [U + 1, G]
 
 
-def test_the_group_shown_is_about_a_picture_and_has_right_and_wrong_completions(told):
+def test_the_group_shown_is_about_an_image_and_has_right_and_wrong_completions(told):
     taken, *_ = told
-    example = taken.scored.rows[0].example
-    assert example.images and explain.LEAST_OF_EACH <= taken.right.sum() <= 8 - explain.LEAST_OF_EACH
-    for text, right in zip(taken.scored.completions[0], taken.right, strict=True):
+    example = taken.groups.rows[0].example
+    assert example.images and explain.LEAST_OF_EACH <= taken.correct.sum() <= 8 - explain.LEAST_OF_EACH
+    for text, correct in zip(taken.groups.texts[0], taken.correct, strict=True):
         said = re.search(r"<answer>(.*?)</answer>", text)
-        assert right == (said is not None and said[1].strip() == example.answer)
+        assert correct == (said is not None and said[1].strip() == example.answer)
 
 
 def test_the_advantages_are_the_formula_worked_by_hand(told):
@@ -78,17 +81,17 @@ def test_the_loss_of_every_update_is_the_papers_worked_by_hand(told):
 
 def test_the_log_probs_start_as_the_samplers_and_the_base_models(told):
     taken, *_ = told
-    sampled = np.asarray(taken.scored.rollout.sampler_logps)[0]
+    sampled = np.asarray(taken.groups.completions.logps)[0]
     np.testing.assert_allclose(taken.logps[0][taken.mask], sampled[taken.mask], atol=1e-4)
-    base = log_probs(taken.step, taken.step.frozen, None, taken.scored.rollout)
+    base = taken.trainer.logps(Policy(taken.trainer.frozen), taken.groups.prompts, taken.groups.completions.ids)
     np.testing.assert_allclose(taken.ref_logps[taken.mask], np.asarray(base)[0][taken.mask], atol=1e-6)
 
 
 def test_right_completions_grow_likelier_and_wrong_ones_less_likely(told):
     taken, printed, _ = told
     change = log_probs_of_completions(taken)[-1] - log_probs_of_completions(taken)[0]
-    assert change[taken.right].min() > 0 > change[~taken.right].mean()
-    assert f"Right completions: {change[taken.right].mean():+.4f} on average" in printed
+    assert change[taken.correct].min() > 0 > change[~taken.correct].mean()
+    assert f"Right completions: {change[taken.correct].mean():+.4f} on average" in printed
 
 
 def test_the_tokens_said_to_be_clipped_have_left_the_range_with_their_advantage(told):
@@ -147,6 +150,23 @@ def test_the_page_is_whole_and_needs_no_network(told):
         assert f"<h2>{title}</h2>" in page
 
 
+def test_every_placeholder_of_the_story_is_given_and_filled(told, monkeypatch):
+    texts, read = [], explain.read_story
+
+    def remembered(text, values):
+        texts.append((text, values))
+        return read(text, values)
+
+    monkeypatch.setattr(explain, "read_story", remembered)
+    story = explain.tell(told[0])
+    ((text, values),) = texts
+    names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(text) if name is not None}
+    assert text == (PROJECT / "grpo/pages/explain.md").read_text(encoding="utf-8") and names == set(values)
+    for block in (block for chapter in story for block in (chapter.title, *chapter.blocks)):
+        told_text = block.text if isinstance(block, Formula) else block
+        assert not isinstance(told_text, str) or not re.search(r"\{\w", told_text)
+
+
 def test_terminal_and_page_give_the_same_numbers(told):
     _, printed, page = told
     numbers = set(re.findall(r"[+-]?\d+\.\d{4}\b", printed))
@@ -154,37 +174,38 @@ def test_terminal_and_page_give_the_same_numbers(told):
 
 
 def test_text_that_is_no_terminal_gets_no_colour(told):
-    assert "\x1b" not in told[1] and "the picture, 32 by 32 pixels" in told[1]
+    assert "\x1b" not in told[1] and "the image, 32 by 32 pixels" in told[1]
 
 
 def test_a_group_without_both_kinds_is_not_chosen(told):
     taken, *_ = told
-    scored = taken.scored
-    assert explain.is_telling(taken.step, scored)
-    for correct in (np.ones_like(scored.correct), np.zeros_like(scored.correct)):
-        assert not explain.is_telling(taken.step, scored._replace(correct=correct))
-    blind = scored.rows[0]._replace(prompt=scored.rows[0].prompt._replace(pictures=[]))
-    assert not explain.is_telling(taken.step, scored._replace(rows=[blind]))
+    groups = taken.groups
+    assert explain.is_telling(taken.trainer, groups)
+    for correct in (np.ones_like(groups.correct), np.zeros_like(groups.correct)):
+        assert not explain.is_telling(taken.trainer, groups._replace(correct=correct))
+    blind = groups.rows[0]._replace(prompt=groups.rows[0].prompt._replace(images=[]))
+    assert not explain.is_telling(taken.trainer, groups._replace(rows=[blind]))
 
 
 def test_the_settings_said_to_differ_are_those_that_do(told):
     taken, printed, _ = told
     for name in explain.STORY:
         assert f"--{name.replace('_', '-')} " in printed
-        assert getattr(taken.step.settings, name) != getattr(Settings(), name)
-    np.testing.assert_allclose(group_advantages(taken.scored.rewards)[0], taken.advantages)
+        assert getattr(taken.trainer.settings, name) != getattr(Settings(), name)
+    np.testing.assert_allclose(group_advantages(taken.groups.rewards)[0], taken.advantages)
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--page", "no/such/folder/x.html"], "no/such/folder"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--sed", "1"], "did you mean --seed"),
+        (["--explain", "no/such/folder/x.html"], "no/such/folder"),
+        (["--explain", "x.html", "--seed", "-1"], "--seed -1"),
+        (["--explain", "x.html", "--steps", "3"], "--explain tells a step of nano, with settings of its own"),
+        (["--explain", "x.html", "--sed", "1"], "did you mean --seed"),
     ],
 )
-def test_bad_flags_are_refused_before_anything_is_compiled(flags, says):
-    command = [sys.executable, "-m", "grpo.pages.explain", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120)
+def test_bad_flags_are_refused_before_anything_is_compiled(flags, says, tmp_path):
+    command = [sys.executable, str(PROJECT / "train.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
-    assert done.stdout == ""
+    assert done.stdout == "" and not list(tmp_path.iterdir())

@@ -97,7 +97,7 @@ def test_what_is_neither_a_directory_nor_a_name_is_refused(name, monkeypatch):
         resolve(name)
 
 
-def test_the_files_beside_weights_are_those_that_make_text_of_ids_and_pixels_of_pictures(tmp_path):
+def test_the_files_beside_weights_are_those_that_make_text_of_ids_and_pixels_of_images(tmp_path):
     names = ["added_tokens.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"]
     names += ["special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     for name in (*names, "config.json", "model.safetensors", "README.md", "generation_config.json"):

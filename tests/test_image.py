@@ -1,4 +1,4 @@
-"""Pictures become the pixels of Hugging Face's Gemma3ImageProcessorPil, or are refused with a sentence."""
+"""Images become the pixels of Hugging Face's Gemma3ImageProcessorPil, or are refused with a sentence."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def assert_same_pixels(images: list[np.ndarray], pixel_values: np.ndarray) -> No
 
 
 def noise(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture in which every pixel differs from its neighbours, transparency included."""
+    """An image in which every pixel differs from its neighbours, transparency included."""
     rng = np.random.default_rng(seed)
     if mode == "I;16":
         return Image.fromarray(rng.integers(0, 400, (height, width), dtype=np.uint16))
@@ -49,15 +49,15 @@ def encoded(image: Image.Image, fmt: str, **options) -> bytes:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("width, height", [(17, 31), (211, 97), (SIZE, SIZE)], ids=["enlarged", "shrunk", "same size"])
 def test_every_mode_equals_hugging_face(mode, width, height):
-    picture = noise(mode, width, height)
-    assert picture.mode == mode
-    expected = processor(SIZE)(picture, return_tensors="np")["pixel_values"]
-    assert_same_pixels([load_image(picture, SIZE)], expected)
+    image = noise(mode, width, height)
+    assert image.mode == mode
+    expected = processor(SIZE)(image, return_tensors="np")["pixel_values"]
+    assert_same_pixels([load_image(image, SIZE)], expected)
 
 
 def test_published_size_equals_hugging_face():
-    picture = noise("RGB", 401, 1203)
-    assert_same_pixels([load_image(picture, 896)], processor(896)(picture, return_tensors="np")["pixel_values"])
+    image = noise("RGB", 401, 1203)
+    assert_same_pixels([load_image(image, 896)], processor(896)(image, return_tensors="np")["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_published_size_equals_hugging_face():
 )
 def test_transparency_of_a_png_is_white_as_in_hugging_face(mode, kind):
     """Transparency kept beside the pixels (a PNG's tRNS chunk)."""
-    picture = noise(mode, 40, 23)
-    transparency = picture.getpixel((0, 0)) if kind == "one colour" else bytes(range(256))
-    data = encoded(picture, "PNG", transparency=transparency)
+    image = noise(mode, 40, 23)
+    transparency = image.getpixel((0, 0)) if kind == "one colour" else bytes(range(256))
+    data = encoded(image, "PNG", transparency=transparency)
     opened = Image.open(io.BytesIO(data))
     assert_same_pixels([load_image(data, SIZE)], processor(SIZE)(opened, return_tensors="np")["pixel_values"])
     if kind == "one colour":
@@ -82,26 +82,26 @@ def test_transparency_of_a_png_is_white_as_in_hugging_face(mode, kind):
 
 
 def test_transparent_pixels_are_white_whatever_colour_they_hide():
-    picture = Image.new("RGBA", (3, 2), (200, 10, 10, 0))
-    picture.putpixel((1, 0), (200, 10, 10, 255))
+    image = Image.new("RGBA", (3, 2), (200, 10, 10, 0))
+    image.putpixel((1, 0), (200, 10, 10, 255))
     expected = np.full((2, 3, 3), 255, np.uint8)
     expected[0, 1] = (200, 10, 10)
-    np.testing.assert_array_equal(load_image(picture, None), expected)
+    np.testing.assert_array_equal(load_image(image, None), expected)
 
 
 class InMemory:
-    """Something that is no path and has its one method."""
+    """An object that is no path but has a path's method `read_bytes`."""
 
     def __init__(self, content: bytes):
         self.read_bytes = lambda: content
 
 
-def test_a_path_its_text_its_bytes_what_returns_them_and_a_pillow_image_are_one_picture(tmp_path):
-    picture = noise("RGB", 31, 17)
-    path = tmp_path / "picture.png"
-    picture.save(path)
-    expected = np.array(picture)
-    for source in (path, str(path), path.read_bytes(), InMemory(path.read_bytes()), picture):
+def test_a_path_its_text_its_bytes_what_returns_them_and_a_pillow_image_are_one_image(tmp_path):
+    image = noise("RGB", 31, 17)
+    path = tmp_path / "image.png"
+    image.save(path)
+    expected = np.array(image)
+    for source in (path, str(path), path.read_bytes(), InMemory(path.read_bytes()), image):
         np.testing.assert_array_equal(load_image(source, None), expected)
 
 
@@ -113,19 +113,19 @@ def test_files_of_each_format_equal_hugging_face(fmt):
 
 
 def test_a_file_is_turned_upright_and_a_pillow_image_is_not():
-    picture = noise("RGB", 5, 3)
+    image = noise("RGB", 5, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to see it upright
-    data = encoded(picture, "PNG", exif=exif)
-    np.testing.assert_array_equal(load_image(data, None), np.rot90(np.array(picture), -1))
-    np.testing.assert_array_equal(load_image(Image.open(io.BytesIO(data)), None), np.array(picture))
+    data = encoded(image, "PNG", exif=exif)
+    np.testing.assert_array_equal(load_image(data, None), np.rot90(np.array(image), -1))
+    np.testing.assert_array_equal(load_image(Image.open(io.BytesIO(data)), None), np.array(image))
 
 
 def test_loading_does_not_change_the_given_image():
-    picture = noise("P", 9, 7)
-    before = picture.copy()
-    load_image(picture, SIZE)
-    assert picture.mode == "P" and picture.tobytes() == before.tobytes()
+    image = noise("P", 9, 7)
+    before = image.copy()
+    load_image(image, SIZE)
+    assert image.mode == "P" and image.tobytes() == before.tobytes()
 
 
 PAN_AND_SCAN = [
@@ -143,23 +143,23 @@ PAN_AND_SCAN = [
 ]
 
 
-@pytest.mark.parametrize("picture_size, num_crops", PAN_AND_SCAN)
-def test_pan_and_scan_equals_hugging_face(picture_size, num_crops):
-    picture = noise("RGB", *picture_size)
+@pytest.mark.parametrize("image_size, num_crops", PAN_AND_SCAN)
+def test_pan_and_scan_equals_hugging_face(image_size, num_crops):
+    image = noise("RGB", *image_size)
     settings = {
         "do_pan_and_scan": True,
         "pan_and_scan_min_crop_size": 256,
         "pan_and_scan_max_num_crops": 4,
         "pan_and_scan_min_ratio_to_activate": 1.2,
     }
-    expected = processor(SIZE, **settings)(picture, return_tensors="np")
-    images = pan_and_scan(load_image(picture, None), SIZE)
+    expected = processor(SIZE, **settings)(image, return_tensors="np")
+    images = pan_and_scan(load_image(image, None), SIZE)
     assert len(images) - 1 == num_crops == expected["num_crops"][0]
     assert_same_pixels(images, expected["pixel_values"])
-    np.testing.assert_array_equal(images[0], load_image(picture, SIZE))
+    np.testing.assert_array_equal(images[0], load_image(image, SIZE))
 
 
-def test_real_pictures_equal_hugging_face(shared_data):
+def test_real_images_equal_hugging_face(shared_data):
     paths = sorted((shared_data / "mathvista" / "images_sample").glob("*.png"))
     assert paths
     for path in paths:
@@ -186,7 +186,7 @@ def test_a_truncated_file_is_refused_by_name(fmt, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_file_is_read_or_refused_by_name(seed):
-    """Whatever is wrong inside a file, the caller sees pixels or one kind of error."""
+    """Whatever is wrong inside a file, the caller gets pixels or one kind of error."""
     rng = np.random.default_rng(seed)
     fmt = ["PNG", "JPEG", "WEBP", "GIF", "TIFF"][seed % 5]
     data = np.frombuffer(encoded(noise("RGB", 61, 43), fmt), np.uint8).copy()
@@ -206,9 +206,9 @@ def test_missing_empty_and_foreign_files_are_refused_by_name(tmp_path):
         load_image(b"", SIZE, "row 7")
     with pytest.raises(ValueError, match=r"^row 7 cannot be read: its content is none of"):
         load_image(b"<svg></svg>", SIZE, name="row 7")
-    with pytest.raises(ValueError, match=r"^the picture cannot be read: its content is none of"):
+    with pytest.raises(ValueError, match=r"^the image cannot be read: its content is none of"):
         load_image(encoded(noise("RGB", 4, 4), "EPS"), SIZE)
-    with pytest.raises(ValueError, match=r"^the picture cannot be read: it is 0 x 5 pixels$"):
+    with pytest.raises(ValueError, match=r"^the image cannot be read: it is 0 x 5 pixels$"):
         load_image(Image.new("RGB", (0, 5)), SIZE)
 
 
@@ -223,8 +223,8 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("the picture was decoded"))
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("the picture was decoded"))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("the image was decoded"))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("the image was decoded"))
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb(10_000, 1 + MAX_PIXELS // 10_000))
     with pytest.raises(ValueError, match=r"bomb\.png cannot be read: it is 10000 x 8001 pixels, more than the limit"):
@@ -233,7 +233,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
         load_image(bomb(60_000, 60_000), SIZE)
 
 
-def test_a_picture_of_the_largest_size_is_accepted():
+def test_an_image_of_the_largest_size_is_accepted():
     assert load_image(Image.new("L", (MAX_PIXELS // 10_000, 10_000), 9), 2).tolist() == [[[9] * 3] * 2] * 2
 
 

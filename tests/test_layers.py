@@ -19,19 +19,19 @@ from transformers.models.gemma3.modeling_gemma3 import (
 
 from gemma3.files.config_json import config_from_dict
 from gemma3.layers import gated_mlp, project, rms_norm, rope
-from gemma3.lora import Adapter
+from gemma3.lora import LoraBlock, LoraPair
 from gemma3.transformer import layer_kinds
 
 
 def test_rms_norm_by_hand():
     """[3, 4] has mean square 12.5; a weight of 0 is the identity scale and 1 doubles."""
     x = jnp.array([[3.0, 4.0]])
-    assert_close(rms_norm(x, jnp.array([0.0, 1.0]), 0.0), np.array([[3.0, 8.0]]) / 12.5**0.5, atol=1e-6)
+    assert_close(rms_norm(jnp.array([0.0, 1.0]), x, 0.0), np.array([[3.0, 8.0]]) / 12.5**0.5, atol=1e-6)
 
 
 def test_rms_norm_adds_eps_inside_the_root():
     """Inputs as small as the eps: sqrt(1e-6 + 1e-6), not 1e-3 + 1e-6."""
-    assert_close(rms_norm(jnp.full((1, 2), 1e-3), jnp.zeros(2), 1e-6), np.full((1, 2), 0.5**0.5), atol=1e-6)
+    assert_close(rms_norm(jnp.zeros(2), jnp.full((1, 2), 1e-3), 1e-6), np.full((1, 2), 0.5**0.5), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,7 +40,7 @@ def test_rms_norm_equals_hugging_face(dtype):
     module = randomize(Gemma3RMSNorm(dim=13), seed=1).to(getattr(torch, dtype))
     x = tensor(normal(0, 3, 5, 13)).to(getattr(torch, dtype))
     ours = rms_norm(
-        jnp.asarray(x.float().numpy(), dtype), jnp.asarray(module.weight.detach().float().numpy(), dtype), module.eps
+        jnp.asarray(module.weight.detach().float().numpy(), dtype), jnp.asarray(x.float().numpy(), dtype), module.eps
     )
     assert ours.dtype == dtype
     assert_close(ours, module(x), atol=1e-6 if dtype == "float32" else 0.0)
@@ -60,7 +60,7 @@ POSITIONS = np.array([[0, 1, 7, 8, 511, 131071, 3], [5, 4, 1000, 2, 0, 0, 77]], 
 @pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
 def test_rope_equals_hugging_face_at_given_positions(kind, factor):
     """Local layers (base 1e4, never scaled) and global ones (base 1e6, with and without the factor 8), unordered
-    positions. Angles reach 131071 radians, where float32 itself is coarse to 0.008: both must round alike."""
+    positions. Angles reach 131071 radians, where float32 itself has steps of 0.008: both must round alike."""
     scaling = {"rope_type": "default"} if factor is None else {"rope_type": "linear", "factor": factor}
     hf_config = tiny_text_config(
         rope_parameters={
@@ -107,7 +107,7 @@ def test_gated_mlp_equals_hugging_face():
     module = randomize(Gemma3MLP(tiny_text_config()), seed=2)
     w = Mlp(*(getattr(module, name).weight.detach().numpy().T for name in ("gate_proj", "up_proj", "down_proj")))
     x = normal(3, 2, 5, 48)
-    assert_close(gated_mlp(x, w, None, 0.0), module(tensor(x)))
+    assert_close(gated_mlp(w, x, LoraBlock()), module(tensor(x)))
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_gated_mlp_equals_hugging_face():
 def test_a_projection_with_an_adapter_is_one_with_the_updated_weight(equation, inputs, outputs):
     x, w, a, b = normal(0, 11, 13, *inputs), normal(1, *inputs, *outputs), normal(2, *inputs, 3), normal(3, 3, *outputs)
     update = (a.reshape(-1, 3) @ b.reshape(3, -1)).reshape(w.shape)
-    ours = project(x, w, Adapter(a, b), 0.25, axes=len(inputs))
+    ours = project(w, x, LoraPair(a, b, 0.25), axes=len(inputs))
     assert_close(ours, np.einsum(equation, x, w + 0.25 * update), atol=2e-5)
-    assert_close(project(x, w, None, 0.25, axes=len(inputs)), np.einsum(equation, x, w), atol=2e-5)
+    assert_close(project(w, x, axes=len(inputs)), np.einsum(equation, x, w), atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -127,19 +127,19 @@ def test_a_projection_with_an_adapter_is_one_with_the_updated_weight(equation, i
     [("...D,DNH->...NH", (5,), (2, 3)), ("...NH,NHD->...D", (2, 3), (5,)), ("...D,DF->...F", (5,), (7,))],
 )
 def test_the_gradients_of_a_projection_are_those_of_the_updated_weight(equation, inputs, outputs):
-    """Of x and W as JAX differentiates einsum, and of A and B by the chain rule through W + scale * A · B."""
+    """For x and W as JAX differentiates einsum, for A and B by the chain rule through W + scale * A · B."""
     shapes = (11, 13, *inputs), (*inputs, *outputs), (*inputs, 3), (3, *outputs)
     arrays = [normal(i, *shape) for i, shape in enumerate(shapes)]
 
     def plain(x, w, a, b):
         return jnp.einsum(equation, x, w + 0.25 * (a.reshape(-1, 3) @ b.reshape(3, -1)).reshape(w.shape))
 
-    ours, pull = jax.vjp(lambda x, w, a, b: project(x, w, Adapter(a, b), 0.25, axes=len(inputs)), *arrays)
+    ours, pull = jax.vjp(lambda x, w, a, b: project(w, x, LoraPair(a, b, 0.25), axes=len(inputs)), *arrays)
     g = normal(9, *ours.shape)
     jax.tree.map(partial(assert_close, atol=1e-4), pull(g), jax.vjp(plain, *arrays)[1](g))
 
 
 def test_an_adapter_is_used_in_the_dtype_of_its_input():
     x, w = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((5, 7), jnp.bfloat16)
-    pair = Adapter(jnp.ones((5, 3), jnp.float32), jnp.ones((3, 7), jnp.float32))
-    assert jax.eval_shape(lambda: project(x, w, pair, 0.5)).dtype == jnp.bfloat16
+    pair = LoraPair(jnp.ones((5, 3), jnp.float32), jnp.ones((3, 7), jnp.float32), 0.5)
+    assert jax.eval_shape(lambda: project(w, x, pair)).dtype == jnp.bfloat16

@@ -76,17 +76,17 @@ def test_samples_are_one_line_a_group(tmp_path):
     assert (first["step"], first["prompt"], second["answer"]) == (1, "¿Cuánto?\n", "4")
 
 
-def test_pictures_of_a_group_become_files_that_its_line_names(tmp_path):
+def test_images_of_a_group_become_files_that_its_line_names(tmp_path):
     """No larger than needed to be looked at, and of the same proportions."""
     small, large = np.arange(30 * 20 * 3, dtype=np.uint8).reshape(30, 20, 3), np.zeros((896, 448, 3), np.uint8)
     seen = []
     with RunLog(tmp_path, 1, resume_step=None, track=lambda step, metrics: seen.append((step, metrics))) as run:
-        run.samples(1, [{"prompt": "a"}, {"prompt": "b", "pictures": [small, large]}, {"prompt": "c", "pictures": []}])
+        run.samples(1, [{"prompt": "a"}, {"prompt": "b", "images": [small, large]}, {"prompt": "c", "images": []}])
         run.metrics(1, {"reward": 2.0})
     _, line, _ = read(tmp_path / "samples.jsonl")
-    assert line["pictures"] == ["pictures/00000001-1-0.png", "pictures/00000001-1-1.png"]
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / line["pictures"][0])), small)
-    assert Image.open(tmp_path / line["pictures"][1]).size == (112, 224)
+    assert line["images"] == ["images/00000001-1-0.png", "images/00000001-1-1.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / line["images"][0])), small)
+    assert Image.open(tmp_path / line["images"][1]).size == (112, 224)
     assert seen == [(1, {"reward": 2.0})]
 
 

@@ -13,9 +13,9 @@ from oracle import (
     assert_close,
     assert_trees_close,
     hf_logits,
+    image_prompts,
     load,
     multimodal_pair,
-    picture_prompts,
     random_lora,
     tensor,
     text_pair,
@@ -23,9 +23,10 @@ from oracle import (
 from tiny_models import tiny_model, tiny_multimodal_config, tiny_text_config
 
 from gemma3 import model
-from gemma3.config import CONFIGS
-from gemma3.lora import TARGETS, VISION_TARGETS, Adapter, Lora, LoraConfig, init_lora, merge
+from gemma3.files.published import CONFIGS
+from gemma3.lora import TARGETS, VISION_TARGETS, Lora, LoraConfig, Policy, init_lora, merge
 from gemma3.mesh import on_one_device
+from gemma3.params import param_shapes
 
 IDS = np.random.default_rng(0).integers(3, 370, (2, 19)).astype(np.int32)
 HF_NAMES = {name: f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj" for name in TARGETS} | {
@@ -56,7 +57,7 @@ def peft_pair(adapted: torch.nn.Module, name: str, layer: int) -> tuple[torch.nn
 
 def copy_to_peft(lora: Lora, adapted: torch.nn.Module) -> None:
     with torch.no_grad():
-        for name, pair in [*lora.blocks._asdict().items(), *(lora.vision._asdict().items() if lora.vision else ())]:
+        for name, pair in lora.pairs.items():
             for layer in range(len(pair.a)):
                 a, b = peft_pair(adapted, name, layer)
                 a.copy_(tensor(pair.a[layer]).flatten(0, -2).T)
@@ -64,18 +65,18 @@ def copy_to_peft(lora: Lora, adapted: torch.nn.Module) -> None:
 
 
 def peft_gradients(blocks, adapted: torch.nn.Module):
-    """The gradients that torch has left in PEFT's parameters, shaped as the adapters `blocks`."""
+    """The gradients that torch has left in PEFT's parameters, shaped as the pairs of `blocks`."""
     expected = {}
     for name, like in blocks._asdict().items():
         pairs = [peft_pair(adapted, name, layer) for layer in range(len(like.a))]
         a = np.stack([a.grad.numpy().T.reshape(like.a.shape[1:]) for a, _ in pairs])
         b = np.stack([b.grad.numpy().T.reshape(like.b.shape[1:]) for _, b in pairs])
-        expected[name] = Adapter(a, b)
+        expected[name] = replace(like, a=a, b=b)
     return type(blocks)(**expected)
 
 
 def test_an_adapter_starts_as_pefts_does():
-    """A uniform within 1/sqrt(inputs), for `o` all heads' dims together; B zero; float32."""
+    """A is uniform within 1/sqrt(inputs), where `o` has all heads' dims as inputs; B is zero; both are float32."""
     lora = init_lora(jax.random.key(0), text_pair().config, LoraConfig(r=4, alpha=8.0))
     for name, pair in lora.blocks._asdict().items():
         theirs = np.stack([peft_pair(peft_model(), name, layer)[0].detach().numpy() for layer in range(8)])
@@ -98,12 +99,12 @@ def test_the_projections_and_layers_of_an_adapter_start_differently():
 
 @pytest.mark.parametrize("vision", [False, True])
 def test_a_fresh_adapter_is_the_base_model(vision):
-    """To the rounding of two programs."""
+    """Up to the different rounding of two programs."""
     _, config, params = multimodal_pair()
-    ids, pictures = picture_prompts()
+    ids, images = image_prompts()
     lora = init_lora(jax.random.key(0), config, LoraConfig(r=4, vision=vision))
-    with_adapter = model.forward(params, ids, pictures, config=config, lora=lora)
-    assert_close(with_adapter, model.forward(params, ids, pictures, config=config), atol=5e-6)
+    with_adapter = model.forward(Policy(params, lora), ids, images, config=config)
+    assert_close(with_adapter, model.forward(params, ids, images, config=config), atol=5e-6)
 
 
 WEIGHTS = np.random.default_rng(3).standard_normal((*IDS.shape, 384), np.float32)
@@ -114,8 +115,8 @@ def gradient_of_weighted_logits():
     _, config, params = text_pair()
 
     def loss(lora):
-        hidden = model.read_prompts(IDS, None, params, lora, config=config).hidden
-        return (model.logits_of(hidden, params.text.embedding, config=config) * WEIGHTS).sum()
+        hidden = model.read_prompts(Policy(params, lora), IDS, None, config=config).hidden
+        return (model.logits_of(params.text.embedding, hidden, config=config) * WEIGHTS).sum()
 
     return on_one_device(jax.grad(loss))
 
@@ -128,37 +129,38 @@ def test_an_adapted_model_equals_pefts_in_logits_and_gradients():
     theirs = hf_logits(adapted, IDS)
     base = model.forward(params, IDS, config=config)
     assert np.abs(theirs.detach().numpy() - base).max() > 0.1, "the adapter does something"
-    assert_close(model.forward(params, IDS, config=config, lora=lora), theirs)
+    assert_close(model.forward(Policy(params, lora), IDS, config=config), theirs)
 
     (theirs * tensor(WEIGHTS)).sum().backward()
-    expected = replace(lora, blocks=peft_gradients(lora.blocks, adapted))
+    expected = Lora(peft_gradients(lora.blocks, adapted))
     assert_trees_close(gradient_of_weighted_logits()(lora), expected)
 
 
 def test_an_adapted_vision_tower_equals_pefts_in_logits_and_gradients():
-    """Adapters of both towers, and prompts with pictures."""
+    """Adapters of both towers, and prompts with images."""
     _, config, params = multimodal_pair()
-    ids, pictures = picture_prompts()
-    real, packed = ids != 0, model.pack_images(pictures, ids, config)
+    ids, images = image_prompts()
+    real, packed = ids != 0, model.pack_images(images, ids, config)
     weights = np.random.default_rng(3).standard_normal((*ids.shape, 384), np.float32) * real[..., None]
     lora = random_lora(config, vision=True)
     targets = r".*language_model.*_proj|.*vision_tower.*(_proj|fc1|fc2)"
     base = tiny_model(tiny_multimodal_config())
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets))
     copy_to_peft(lora, adapted)
-    theirs = hf_logits(adapted, ids, pictures)
-    ours = model.forward(params, ids, pictures, config=config, lora=lora)
+    theirs = hf_logits(adapted, ids, images)
+    ours = model.forward(Policy(params, lora), ids, images, config=config)
     assert_close(ours[real], theirs[torch.from_numpy(real)])
-    text_only = model.forward(params, ids, pictures, config=config, lora=replace(lora, vision=None))
+    text_only = model.forward(Policy(params, Lora(lora.blocks)), ids, images, config=config)
     assert np.abs(ours - text_only)[real].max() > 0.02, "the tower's adapter does something"
 
     def loss(lora):
-        soft = model.encode_images(packed, params, lora, config=config)
-        hidden = model.read_prompts(ids, soft, params, lora, config=config).hidden
-        return (model.logits_of(hidden, params.text.embedding, config=config) * weights).sum()
+        policy = Policy(params, lora)
+        soft = model.encode_images(policy, packed, config=config)
+        hidden = model.read_prompts(policy, ids, soft, config=config).hidden
+        return (model.logits_of(params.text.embedding, hidden, config=config) * weights).sum()
 
     (theirs * tensor(weights)).sum().backward()
-    expected = Lora(peft_gradients(lora.blocks, adapted), lora.scale, peft_gradients(lora.vision, adapted))
+    expected = Lora(peft_gradients(lora.blocks, adapted), peft_gradients(lora.vision, adapted))
     assert_trees_close(on_one_device(jax.grad(loss))(lora), expected)
 
 
@@ -178,15 +180,15 @@ def test_at_the_start_only_b_has_a_gradient():
 
 @pytest.mark.parametrize("vision", [False, True])
 def test_merging_equals_applying(vision):
-    """Ragged prompts with pictures."""
+    """Ragged prompts with images."""
     _, config, params = multimodal_pair()
-    ids, pictures = picture_prompts()
+    ids, images = image_prompts()
     lora = random_lora(config, vision=vision)
-    applied = model.forward(params, ids, pictures, config=config, lora=lora)
+    applied = model.forward(Policy(params, lora), ids, images, config=config)
     merged, real = merge(params, lora), ids != 0
     assert (merged.vision is params.vision) == (not vision)
-    assert np.abs(applied - model.forward(params, ids, pictures, config=config))[real].max() > 0.1
-    assert_close(model.forward(merged, ids, pictures, config=config)[real], applied[real])
+    assert np.abs(applied - model.forward(params, ids, images, config=config))[real].max() > 0.1
+    assert_close(model.forward(merged, ids, images, config=config)[real], applied[real])
 
 
 def test_merging_equals_pefts_merge_and_unload():
@@ -196,15 +198,16 @@ def test_merging_equals_pefts_merge_and_unload():
         peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj"], init_lora_weights=False),
     )
     lora = init_lora(jax.random.key(0), config, LoraConfig(r=3, alpha=6.0, targets=("q", "o")))
-    assert [name for name, pair in lora.blocks._asdict().items() if pair] == ["q", "o"]
+    assert list(lora.pairs) == ["q", "o"]
     pairs = {}
     for name in ("q", "o"):
         like, both = getattr(lora.blocks, name), [peft_pair(adapted, name, layer) for layer in range(8)]
-        pairs[name] = Adapter(
-            np.stack([a.detach().numpy().T.reshape(like.a.shape[1:]) for a, _ in both]),
-            np.stack([b.detach().numpy().T.reshape(like.b.shape[1:]) for _, b in both]),
+        pairs[name] = replace(
+            like,
+            a=np.stack([a.detach().numpy().T.reshape(like.a.shape[1:]) for a, _ in both]),
+            b=np.stack([b.detach().numpy().T.reshape(like.b.shape[1:]) for _, b in both]),
         )
-    ours = merge(params, replace(lora, blocks=lora.blocks._replace(**pairs))).text.blocks
+    ours = merge(params, Lora(lora.blocks._replace(**pairs))).text.blocks
     theirs = load(adapted.merge_and_unload())[1].text.blocks
     for name, weight in ours._asdict().items():
         assert_close(weight, getattr(theirs, name), atol=1e-6)
@@ -223,13 +226,13 @@ def test_merging_rounds_once():
 
 
 def test_merging_into_donated_weights_needs_no_second_model():
-    """Of 4b, as its compiled program states: all weights in place, beside them the float32 of two layers. In bfloat16 a
-    CPU makes a copy of one stack at a time, too."""
+    """For 4b, by the compiled program's own figures: all weights stay in place, with two layers in float32 beside them.
+    In bfloat16 a CPU also copies one stack at a time."""
     config = CONFIGS["gemma-3-4b-it"]
     lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), config, LoraConfig(vision=True)))
     layer = config.hidden_size * config.intermediate_size
     for dtype, copied in ((jnp.float32, 0), (jnp.bfloat16, 2 * config.num_layers * layer)):
-        params = model.param_shapes(config, dtype)
+        params = param_shapes(config, dtype)
         memory = jax.jit(merge, donate_argnums=0).lower(params, lora).compile().memory_analysis()
         assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
         assert memory.temp_size_in_bytes < copied + 2.1 * 4 * layer

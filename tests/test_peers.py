@@ -1,4 +1,4 @@
-"""The benchmark beside its peers runs, and what it times is the same work: toy sizes, prompts with a picture."""
+"""The benchmark beside its peers runs, and what it times is the same work: toy sizes, prompts with an image."""
 
 import json
 import subprocess
@@ -11,16 +11,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_peers_draw_the_same_tokens_and_take_the_same_update(tmp_path):
+def test_peers_sample_the_same_tokens_and_take_the_same_update(tmp_path):
     """transformers' generate and TRL's loss with PEFT, each in a process of its own, on weights written by ours."""
     out = tmp_path / "peers.json"
     options = ["--quick", "--repeats", "1", "--group", "3", "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.peers", "sampling-image", "update-image", *options]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     results = json.loads(out.read_text())["results"]
-    drawn, updated = results["sampling-image"], results["update-image"]
-    assert drawn["transformers"]["tokens"] == drawn["ours"]["tokens"]
-    assert len({token for row in drawn["ours"]["tokens"] for token in row}) > 5
+    sampled, updated = results["sampling-image"], results["update-image"]
+    assert sampled["transformers"]["tokens"] == sampled["ours"]["tokens"]
+    assert len({token for row in sampled["ours"]["tokens"] for token in row}) > 5
     for system in ("trl", "trl, checkpointing"):
         for name in ("loss", "grad_norm"):
             assert updated[system][name] == pytest.approx(updated["ours"][name], rel=1e-4, abs=1e-6), (system, name)

@@ -14,16 +14,20 @@ import pytest
 from rich.console import Console
 
 import grpo.rollout
+import grpo.sft
 import grpo.step
-import train
-from eval import read_rows
-from gemma3.config import CONFIGS, NANO, layer_pattern
-from gemma3.mesh import make_mesh
+import grpo.trainer
+from gemma3.config import layer_pattern
+from gemma3.files.published import CONFIGS, NANO
+from gemma3.mesh import Model, make_mesh
 from grpo.plan import plan
 from grpo.plan.plan import chip_of, choose_backend, compile_programs, find_fitting, make_job, print_plan, verdict
 from grpo.plan.programs import Job, Memory, Program, State, abstract_state, programs
+from grpo.reader import read_rows
 from grpo.run.settings import Settings, resolve_defaults
-from grpo.step import grpo_step, sft_step
+from grpo.run.setup import prepare
+from grpo.sft import sft_step
+from grpo.step import grpo_step
 
 GIB = 2**30
 SMALL = {"prompts_per_step": 4, "num_generations": 3, "eval_limit": 4, "mesh": "2,2"}
@@ -31,7 +35,7 @@ FOUR_B = {"model": "google/gemma-3-4b-it", "mesh": "2,4", "plan": "v5e:2x4", "pr
 
 
 class Called(Exception):
-    """Raised where a step would update."""
+    """Raised in place of a step's update."""
 
 
 def described(tree) -> list:
@@ -46,45 +50,52 @@ def described(tree) -> list:
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "names"),
     [
-        {},
-        {"lora_vision": True, "num_iterations": 2, "beta": 0.1, "micro_batch": 1},
-        {"lora_r": 0, "train_vision": True},
-        {"lora_r": 0, "beta": 0.1},
-        {"objective": "sft", "lora_targets": ("q", "v")},
+        ({}, ["images", "sampling", "update"]),
+        (
+            {"lora_vision": True, "num_iterations": 2, "beta": 0.1, "micro_batch": 1},
+            ["images", "sampling", "old log-probs", "reference", "update"],
+        ),
+        ({"lora_r": 0, "train_vision": True}, ["images", "sampling", "update"]),
+        ({"lora_r": 0, "beta": 0.1}, ["images", "sampling", "reference", "update"]),
+        ({"objective": "sft", "lora_targets": ("q", "v")}, ["images", "update"]),
     ],
 )
-def test_programs_are_called_as_a_run_calls_them(flags, monkeypatch):
+def test_programs_are_called_as_a_run_calls_them(flags, names, monkeypatch):
     """The arguments of a real step have the planned shapes, dtypes and splits; its settings are equal."""
     settings = resolve_defaults(Settings(**SMALL | flags))
-    setup = train.prepare(settings)
-    calls = {}
+    trainer, data, state = prepare(settings)
+    calls = []
 
-    def listening(name, function):
+    def listen(module, name):
+        function = getattr(module, name)
+
         def call(*arguments, **static):
-            calls[name] = arguments, static
-            if function is None:
+            calls.append((function, arguments, static))
+            if name == "update":
                 raise Called
             return function(*arguments, **static)
 
-        return call
+        monkeypatch.setattr(module, name, call)
 
-    monkeypatch.setattr(grpo.rollout, "encode", listening("pictures", grpo.rollout.encode))
-    monkeypatch.setattr(grpo.rollout, "sample", listening("sampling", grpo.rollout.sample))
-    monkeypatch.setattr(grpo.step, "update", listening("update", None))
-    rows = read_rows(setup.examples, itertools.count(), setup.reader, batch_size=4, mesh=setup.step.mesh)
-    start = (setup.step, setup.trainable, setup.opt_state, rows)
+    listen(grpo.rollout, "encode_on_mesh")
+    listen(grpo.rollout, "sample")
+    listen(grpo.trainer, "completion_logps")
+    listen(grpo.step, "update")
+    listen(grpo.sft, "update")
+    rows = read_rows(data.train, itertools.count(), trainer.reader, batch_size=4)
     with pytest.raises(Called):
-        sft_step(*start) if settings.objective == "sft" else grpo_step(*start, 0)
+        (sft_step if settings.objective == "sft" else grpo_step)(trainer, state, rows, 0)
 
-    optimizer = setup.step.optimizer
-    job = Job(settings, NANO, make_mesh(2, 2), None)
-    planned = programs(job, abstract_state(job, optimizer), optimizer)
-    assert [program.name for program in planned] == list(calls)
-    for program in planned:
-        arguments, static = calls[program.name]
+    job = Job(settings, Model(NANO, make_mesh(2, 2)), None)
+    planned = programs(job, abstract_state(job))
+    assert [program.name for program in planned] == names
+    for program, (function, arguments, static) in zip(planned, calls, strict=True):
+        assert function is program.function
         assert described(arguments) == described(program.arguments)
+        if program.name == "update":  # each optimizer is another closure
+            static = {"learner": replace(static["learner"], optimizer=job.learner.optimizer)}
         assert static == program.static
 
 
@@ -97,7 +108,7 @@ def test_a_plan_prints_what_lies_on_a_device(capsys):
     parts = ("frozen weights", "adapter and optimizer state", "keys and values", "other temporaries")
     total = sum(float(column[part]) for part in (*parts, "prompts and completions"))
     assert float(column["in all"]) == pytest.approx(total, abs=0.03) and total > 2
-    assert "most is needed by update" in printed and "Seconds are estimated for TPUs only" in printed
+    assert "update needs the most memory" in printed and "Seconds are estimated for TPUs only" in printed
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(flags, sentence):
     ],
 )
 def test_a_mesh_that_a_topology_cannot_hold_is_refused_before_compiling(flags, sentence, monkeypatch):
-    monkeypatch.setattr(plan, "measure", None)
+    monkeypatch.setattr("grpo.plan.programs.measure", None)
     if flags.get("mesh") == "1,8":
         flags = flags | {"model": "google/gemma-3-1b-it"}
     with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -136,7 +147,7 @@ def test_a_mesh_that_a_topology_cannot_hold_is_refused_before_compiling(flags, s
 
 
 def test_without_libtpu_its_pip_line_is_given(monkeypatch):
-    monkeypatch.setattr("gemma3.mesh.find_spec", lambda name: None)
+    monkeypatch.setattr("grpo.plan.programs.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install libtpu"):
         print_plan(Settings(**FOUR_B))
 
@@ -145,8 +156,13 @@ def test_chips_are_found_by_the_name_before_the_shape():
     assert chip_of("v5e:16x16").flops == 197e12 and chip_of("v6e:2x4").memory > 31 * GIB and chip_of("cpu") is None
 
 
+def compiled_for(program: Program) -> dict:
+    """What a program is compiled for, with the learner's fields one by one."""
+    return program.static | (vars(program.static["learner"]) if program.name == "update" else {})
+
+
 def sized(rule):
-    """A compiler that asks for as many bytes as `rule` says of a program."""
+    """A stand-in for the compiler: a program needs as many bytes as `rule` says."""
 
     def measure(program: Program, state: State) -> Memory:
         return Memory(0, 0, rule(program), 0, 0.0, refused=False)
@@ -157,21 +173,21 @@ def sized(rule):
 @pytest.mark.parametrize(
     ("rule", "flags"),
     [
-        (lambda p: 3 * p.static.get("micro_batch", 1), "--micro-batch 2"),
-        (lambda p: p.arguments[2].ids.shape[0] if p.name == "sampling" else 1, "--micro-batch 1 --prompts-per-step 4"),
-        (lambda p: p.static["mesh"].shape["data"] * 4, "--micro-batch 1 --mesh 1,4"),
+        (lambda p: 3 * compiled_for(p).get("micro_batch", 1), "--micro-batch 2"),
+        (lambda p: p.arguments[1].ids.shape[0] if p.name == "sampling" else 1, "--micro-batch 1 --prompts-per-step 4"),
+        (lambda p: compiled_for(p)["model"].mesh.shape["data"] * 4, "--micro-batch 1 --mesh 1,4"),
         (lambda p: 9, None),
     ],
     ids=["micro-batch", "prompts", "mesh", "nothing"],
 )
 def test_the_mildest_change_that_fits_is_found(rule, flags, monkeypatch):
-    """Seven bytes are there. Prompts at a time come first, then prompts, then the mesh."""
-    monkeypatch.setattr(plan, "measure", sized(rule))
+    """There are seven bytes. First fewer prompts are taken at a time, then fewer prompts, then another mesh."""
+    monkeypatch.setattr("grpo.plan.programs.measure", sized(rule))
     monkeypatch.setattr(plan, "device_memory", lambda: 7)
     settings = resolve_defaults(Settings(plan="cpu", mesh="2,2", prompts_per_step=8, micro_batch=4))
     console = Console(quiet=True)
     first = compile_programs(console, make_job(settings, NANO), {})
-    assert first.too_large and verdict(first).startswith("does not fit: most is needed by")
+    assert first.too_large and verdict(first).startswith("does not fit: ")
     fitting = find_fitting(console, first)
     assert (fitting and plan.flags_of(fitting.job.settings, settings)) == flags
 
@@ -179,19 +195,19 @@ def test_the_mildest_change_that_fits_is_found(rule, flags, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which holds the TPU compiler, is not installed")
 def test_a_few_layers_of_4b_fit_eight_v5e_chips():
-    """Two layers of 4b, Q=8, G=8, P=320 with a picture, C=65, LoRA r=64, micro-batch 1: under 1.5 GiB a chip."""
+    """Two layers of 4b, Q=8, G=8, P=320 with an image, C=65, LoRA r=64, micro-batch 1: under 1.5 GiB a chip."""
     config = replace(CONFIGS["gemma-3-4b-it"], num_layers=2, layer_types=layer_pattern(2, 2))
     lengths = {"max_prompt_length": 320, "max_completion_length": 65}
     settings = resolve_defaults(choose_backend(Settings(**FOUR_B, **lengths, lora_r=64, data="mathvista")))
     compiled = compile_programs(Console(quiet=True), make_job(settings, config), {})
-    assert not compiled.too_large and list(compiled.memory) == ["pictures", "sampling", "update"]
+    assert not compiled.too_large and list(compiled.memory) == ["images", "sampling", "update"]
     assert all(memory.peak < 1.5 * GIB for memory in compiled.memory.values())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which knows the topologies, is not installed")
 def test_the_command_refuses_without_a_word_from_libraries():
-    """And without weights: the model is named only."""
+    """It needs no weights either: the model is only named."""
     root = Path(__file__).parents[1]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")}
     command = [sys.executable, "train.py", "--model", "google/gemma-3-27b-it", "--mesh", "2,2", "--plan", "v5e:2x4"]

@@ -1,4 +1,4 @@
-"""Several processes are one run: the same samples and numbers, the end of one ends all, and any other number goes on.
+"""Several processes are one run: the same samples and numbers; the end of one ends all; any number can continue it.
 
 Processes of this machine, with simulated devices, talk over the loopback address. Each script is train.py itself.
 """
@@ -22,7 +22,7 @@ from test_train import REWARD, lines, metrics
 from gemma3.mesh import make_mesh
 from grpo.rollout import split_over_data
 from grpo.run import processes
-from grpo.run.processes import agree, connect, exchange, held_rows, rows_on_host, to_first
+from grpo.run.processes import agree, connect, exchange, held_rows, of_all_rows, rows_on_host, to_first
 from grpo.run.settings import Settings
 
 PROJECT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def free_port() -> int:
 def start(
     folder: Path, count: int, devices: int, *words, kill: int | None = None, seeds: tuple[int, int] = (0, 0)
 ) -> list[subprocess.Popen]:
-    """`count` processes of one run with so many devices each; `kill` ends itself by SIGKILL in its third step."""
+    """`count` processes of one run with `devices` devices each; process `kill` ends itself by SIGKILL in step 3."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -120,7 +120,7 @@ def assert_close_runs(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(folder, two):
-    """Against one process with all eight devices: samples, metrics, accuracies, pictures and the adapter's files."""
+    """Against one process with all eight devices: samples, metrics, accuracies, images and the adapter's files."""
     finished(wait(start(folder, 1, 8, *flags(folder, folder / "one", "2,4"))))
     assert_close_runs(two, folder / "one")
     files = [sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()) for run in (two, folder / "one")]
@@ -181,7 +181,7 @@ def test_where_no_one_is_at_the_address_the_user_is_told(monkeypatch, capsys):
 
 
 def test_settings_must_agree_but_for_the_directory(monkeypatch):
-    """Where none is given it has the time in its name, and that of process 0 counts."""
+    """A directory that was not given has the time in its name, and that of process 0 counts."""
     own = Settings(out=Path("runs/b"), process_id=1)
     everyone = {0: {"out": "runs/a", "seed": "0"}, 1: {"out": "runs/b", "seed": "0"}}
     monkeypatch.setattr(processes, "exchange", lambda records: everyone)
@@ -193,9 +193,18 @@ def test_settings_must_agree_but_for_the_directory(monkeypatch):
 
 def test_one_process_holds_all_rows_and_has_no_one_to_ask():
     mesh = make_mesh(4, 2)
-    assert held_rows(5, mesh) == {0, 1, 2, 3, 4}
+    assert held_rows(5, mesh) == [0, 1, 2, 3, 4]
     array = np.arange(24).reshape(8, 3)
     np.testing.assert_array_equal(rows_on_host(split_over_data(array, mesh)), array)
     assert exchange({3: "c", 1: "a"}) == {3: "c", 1: "a"}
     tree = {"x": jax.numpy.ones(3)}
     assert to_first(tree) is tree
+
+
+def test_columns_come_back_in_the_rows_order_as_what_they_were():
+    texts, rewards = [["c", "d"], ["a", "b"]], np.array([[3, np.nan], [1, 2]], np.float32)
+    correct, lengths = np.array([True, False]), np.array([9, 7])
+    found = of_all_rows([2, 0], texts, rewards, correct, lengths)
+    assert found[0] == [["a", "b"], ["c", "d"]]
+    for column, values in zip(found[1:], (rewards, correct, lengths), strict=True):
+        np.testing.assert_array_equal(column, values[::-1], strict=True)

@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, of how little it can be made, and that it works in a real browser."""
+"""The page of a run: what it shows, how little a run needs to have for it, and that it works in a real browser."""
 
 import json
 import re
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import eval as evaluation
 from grpo.pages import report
-from grpo.pages.report import Place, choose
+from grpo.pages.report import Span, choose
 from grpo.run.cli import clean_errors, parse
 from grpo.run.log import RunLog, write_json
 from grpo.run.settings import Settings
@@ -66,12 +67,12 @@ def make_group(step: int, rewards: tuple = (1.0, 0.0, None), tokens: bool = True
     ]
     prompt = f"<bos><start_of_turn>user\n<start_of_image>Be brief.\n\nQuestion {HOSTILE}?<end_of_turn>\n"
     group = {"id": f"row-{step}", "prompt": prompt, "answer": "7", "completions": completions}
-    return group | ({"pictures": [f"pictures/{step}.png"]} if tokens else {})
+    return group | ({"images": [f"images/{step}.png"]} if tokens else {})
 
 
 def make_run(run: Path, *, steps: int = 5, settings: Settings | None = None, command: str = "python train.py") -> Path:
-    """A run directory as training leaves it: per step a group with tokens and a picture, and one without."""
-    (run / "pictures").mkdir(parents=True)
+    """A run directory as training leaves it: per step a group with tokens and an image, and one without."""
+    (run / "images").mkdir(parents=True)
     described = {"settings": asdict(settings or Settings(steps=steps)), "command": command, "git": "abc"}
     write_json(run / "config.json", described | {"packages": {"jax": "0.10"}, "devices": "1 cpu"})
     with RunLog(run, steps, resume_step=None) as log:
@@ -80,7 +81,7 @@ def make_run(run: Path, *, steps: int = 5, settings: Settings | None = None, com
             lines = json.dumps({"step": step} | make_group(step)) + "\n"
             with open(run / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.write(lines)
-            Image.new("RGB", (13, 7), (step, 0, 0)).save(run / f"pictures/{step}.png")
+            Image.new("RGB", (13, 7), (step, 0, 0)).save(run / f"images/{step}.png")
             log.metrics(step, make_metrics(step))
     figure = {"accuracy": 0.5, "interval": [0.4038, 0.5962], "n": 100}
     write_json(run / "summary.json", {"before": figure, "after": figure | {"accuracy": 0.75, "interval": [0.66, 0.82]}})
@@ -143,7 +144,7 @@ def test_what_was_logged_is_plotted_and_nothing_else(path):
 
 def test_every_metric_that_is_plotted_is_logged():
     root = Path(report.__file__).parents[2]
-    sources = [path for path in (root / "grpo").glob("*.py") if path.name not in ("report.py", "diagnosis.py")]
+    sources = [path for path in (root / "grpo").rglob("*.py") if path.parent.name != "pages"]
     logged = "".join(path.read_text(encoding="utf-8") for path in [root / "train.py", *sources])
     for panel in report._CURVES:
         for name in set(panel.lines.values()) - {"finished"}:
@@ -201,33 +202,33 @@ def test_tokens_are_tinted_by_what_they_were(tmp_path):
     assert {"up1", "down1"} <= {name for a in page.of("article") for name in a["class"].split()}
 
 
-def test_a_picture_that_is_gone_is_said_to_be(tmp_path):
+def test_an_image_that_is_gone_is_said_to_be(tmp_path):
     run = make_run(tmp_path / "run")
-    (run / "pictures/2.png").unlink()
+    (run / "images/2.png").unlink()
     page = Reader(report.write(run))
-    assert len(page.of_class("picture")) == 4
-    assert "pictures/2.png is gone" in page.text
+    assert len(page.of_class("image")) == 4
+    assert "images/2.png is gone" in page.text
 
 
-def places(steps: int, a_step: int) -> list[Place]:
-    """Groups of which each step's last has tokens."""
+def spans(steps: int, a_step: int) -> list[Span]:
+    """Groups; the last one of each step has tokens."""
     return [
-        Place(s, plain=i < a_step - 1, start=s * a_step + i, size=1) for s in range(1, steps + 1) for i in range(a_step)
+        Span(s, plain=i < a_step - 1, start=s * a_step + i, size=1) for s in range(1, steps + 1) for i in range(a_step)
     ]
 
 
 def test_groups_are_chosen_evenly_over_the_steps_newest_first():
-    chosen = choose(places(101, 3), 11)
-    assert [place.step for place in chosen] == [101, 91, 81, 71, 61, 51, 41, 31, 21, 11, 1]
+    chosen = choose(spans(101, 3), 11)
+    assert [span.step for span in chosen] == [101, 91, 81, 71, 61, 51, 41, 31, 21, 11, 1]
     assert not any(place.plain for place in chosen)
-    assert [place.step for place in choose(places(101, 3), 1)] == [101]
+    assert [span.step for span in choose(spans(101, 3), 1)] == [101]
 
 
 def test_of_few_steps_each_has_its_groups_with_tokens_before_any_other():
-    chosen = choose(places(7, 5), 17)
+    chosen = choose(spans(7, 5), 17)
     assert len(chosen) == len(set(chosen)) == 17
     assert {place.step for place in chosen if not place.plain} == set(range(1, 8))
-    assert choose(places(7, 5), 1000) == sorted(places(7, 5), key=lambda p: (-p.step, p.plain, p.start))
+    assert choose(spans(7, 5), 1000) == sorted(spans(7, 5), key=lambda p: (-p.step, p.plain, p.start))
     assert choose([], 5) == []
 
 
@@ -235,9 +236,9 @@ def test_groups_are_found_in_the_file_without_parsing_it(tmp_path):
     path = make_run(tmp_path / "run") / "samples.jsonl"
     content = path.read_bytes()
     path.write_bytes(content + b'{"step": 6, "id": "row-6", "pro')  # being written
-    index = report.index_samples(path)
+    index = report.find_spans(path)
     lines = [json.loads(content[place.start : place.start + place.size]) for place in index]
-    assert [line["step"] for line in lines] == [place.step for place in index] == sorted([1, 2, 3, 4, 5] * 3)
+    assert [line["step"] for line in lines] == [span.step for span in index] == sorted([1, 2, 3, 4, 5] * 3)
     assert ["tokens" not in line["completions"][0] for line in lines] == [place.plain for place in index]
 
 
@@ -311,6 +312,21 @@ def test_runs_are_compared_by_what_differs(tmp_path):
     assert [key["style"] for key in page.of_class("key")] == ["--colour:#3d8fd9", "--colour:#e08a1e"]
 
 
+def test_the_command_writes_a_runs_page_again_or_compares_several(tmp_path, monkeypatch, capsys):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    monkeypatch.chdir(tmp_path)
+    for flags, written, title in (
+        (["--report", "a"], "a/report.html", "a"),
+        (["--report", "b", "--out", "other.html"], "other.html", "b"),
+        (["--report", "a,b"], "compare.html", "2 runs compared"),
+        (["--report", "a,b", "--out", "both.html"], "both.html", "2 runs compared"),
+    ):
+        evaluation.main(flags)
+        assert capsys.readouterr().out == f"{written}\n"
+        assert f"<h1>{title}</h1>" in Path(written).read_text(encoding="utf-8")
+    assert not (runs[1] / "report.html").exists()
+
+
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     runs = [make_run(tmp_path / "first/run"), make_run(tmp_path / "second/run")]
     page = Reader(report.compare(runs, tmp_path / "both.html"))
@@ -320,12 +336,17 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(["{0}/none"], "is no run directory"), (["{0}/run", "--out", "{0}/none/x.html"], "there is no folder")],
+    [
+        (["{0}/none"], "is no run directory"),
+        (["{0}/run,{0}/none"], "none is no run directory"),
+        (["{0}/run", "--out", "{0}/none/x.html"], "there is no folder"),
+        (["{0}/run,{0}/run", "--out", "{0}/none/x.html"], "there is no folder"),
+    ],
 )
 def test_a_bad_path_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, sentence):
     make_run(tmp_path / "run")
     with pytest.raises(SystemExit) as ended, clean_errors():
-        report.main([word.format(tmp_path) for word in words])
+        evaluation.main(["--report", *(word.format(tmp_path) for word in words)])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
@@ -336,13 +357,13 @@ def test_a_bad_path_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, sen
 def test_as_a_program_it_names_its_page_and_plots_without_global_state(tmp_path):
     run = make_run(tmp_path / "run")
     code = (
-        "import sys, grpo.pages.report as report\n"
+        "import sys, eval\n"
         "assert 'matplotlib' not in sys.modules\n"  # it costs a second
-        "report.main(sys.argv[1:])\n"
+        "eval.main(sys.argv[1:])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    root = Path(report.__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, cwd=root)
+    root = Path(evaluation.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", code, "--report", run], capture_output=True, text=True, cwd=root)
     assert ended.stdout.splitlines() == [str(run / "report.html")], ended.stderr
 
 
@@ -377,7 +398,7 @@ addEventListener("load", () => {
   result.id = "probe";
   result.textContent = JSON.stringify({
     failures, seen, title: document.title,
-    pictures: [...document.images].map(x => x.naturalWidth),
+    images: [...document.images].map(x => x.naturalWidth),
     plots: [...document.querySelectorAll("svg")].map(x => x.getBoundingClientRect().height > 50),
     wide: document.documentElement.scrollWidth > innerWidth,
   });
@@ -388,7 +409,7 @@ addEventListener("load", () => {
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
-def test_in_a_real_browser_nothing_fails_pictures_show_and_the_filter_works(path, tmp_path):
+def test_in_a_real_browser_nothing_fails_images_show_and_the_filter_works(path, tmp_path):
     probed = tmp_path / "probed.html"
     document = path.read_text(encoding="utf-8").replace("<head>", f"<head><script>{PROBE}</script>", 1)
     probed.write_text(document, encoding="utf-8")
@@ -402,7 +423,7 @@ def test_in_a_real_browser_nothing_fails_pictures_show_and_the_filter_works(path
     seen = found["seen"]
     assert found["failures"] == []
     assert found["title"] == "run"
-    assert found["pictures"] == [13] * 5
+    assert found["images"] == [13] * 5
     assert len(found["plots"]) > 5
     assert all(found["plots"])
     assert not found["wide"]

@@ -281,7 +281,7 @@ def test_any_ground_truth_gets_a_verdict(text, truth, format):
 @settings(max_examples=300)
 @given(MESSY, MESSY, MESSY, st.sampled_from(["41", "42 or 43", "about 42", "", "4 2", "the answer", "B", "4.2"]))
 def test_nothing_outside_the_block_makes_a_wrong_answer_right(before, between, after, wrong):
-    """Also with right answers, tags and mark-up in the text outside: the block alone is read, and only if it is one."""
+    """Also with right answers, tags and mark-up outside: only the block is read, and only if there is exactly one."""
     for example in EXAMPLES:
         text = f"{before}<reasoning>r</reasoning>{between}<answer>{wrong}</answer>{after}"
         assert answer_reward(text, example) == 0

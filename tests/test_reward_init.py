@@ -1,4 +1,4 @@
-"""`--reward` as a whole: weights, presets, and one object that scores a batch."""
+"""`--reward` as a whole: weights, presets, and one object that rewards a batch."""
 
 import math
 import time
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.example import Example
-from reward import PARTS, PRESETS, make_scorer, parse_weights
+from reward import PARTS, PRESETS, make_reward_function, parse_weights
 
 EXAMPLE = Example(id="1", question="How many apples?", answer="42", answer_type="integer", reference="6 * 7 = 42")
 RIGHT = "<reasoning>6 * 7</reasoning><answer>42</answer>"
@@ -37,73 +37,73 @@ def test_weights_are_parsed_and_presets_unfold():
 )
 def test_what_cannot_be_parsed_is_one_clear_error(spec, message):
     with pytest.raises(ValueError, match=message):
-        make_scorer(spec)
+        make_reward_function(spec)
 
 
 def test_the_mathvista_preset_pays_one_and_one_and_two():
-    scores = make_scorer("mathvista")([RIGHT, WRONG, "<answer>42</answer>", "42"], [EXAMPLE] * 4)
-    assert scores.total == [4, 2, 3, 0]
-    assert scores.parts == {"graded_format": [2, 2, 1, 0], "answer": [1, 0, 1, 0]}
+    rewards = make_reward_function("mathvista")([RIGHT, WRONG, "<answer>42</answer>", "42"], [EXAMPLE] * 4)
+    assert rewards.total == [4, 2, 3, 0]
+    assert rewards.parts == {"graded_format": [2, 2, 1, 0], "answer": [1, 0, 1, 0]}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_prefers_the_right_answer(preset):
-    right, wrong = make_scorer(preset)([RIGHT, WRONG], [EXAMPLE] * 2).total
+    right, wrong = make_reward_function(preset)([RIGHT, WRONG], [EXAMPLE] * 2).total
     assert right > wrong
 
 
 def test_overlong_counts_the_tokens_it_is_given():
-    scorer = make_scorer("answer,overlong=0.5", max_tokens=100)
-    scores = scorer([RIGHT] * 3, [EXAMPLE] * 3, num_tokens=[80, 90, 100], finished=[True, True, False])
-    assert scores.parts["overlong"] == [0, -0.5, -1]
-    assert scores.total == [1, 0.75, 0.5]
+    reward = make_reward_function("answer,overlong=0.5", max_tokens=100)
+    rewards = reward([RIGHT] * 3, [EXAMPLE] * 3, num_tokens=[80, 90, 100], finished=[True, True, False])
+    assert rewards.parts["overlong"] == [0, -0.5, -1]
+    assert rewards.total == [1, 0.75, 0.5]
     with pytest.raises(ValueError, match="give num_tokens and finished"):
-        scorer([RIGHT], [EXAMPLE])
+        reward([RIGHT], [EXAMPLE])
 
 
 def test_nan_marks_what_cannot_be_scored_unless_its_weight_is_0():
     unscorable = replace(EXAMPLE, answer="many")
-    total = make_scorer("answer,format")([RIGHT, RIGHT], [EXAMPLE, unscorable]).total
+    total = make_reward_function("answer,format")([RIGHT, RIGHT], [EXAMPLE, unscorable]).total
     assert total[0] == 2 and math.isnan(total[1])
-    scores = make_scorer("answer=0,format")([RIGHT], [unscorable])
-    assert scores.total == [1] and math.isnan(scores.parts["answer"][0])
+    rewards = make_reward_function("answer=0,format")([RIGHT], [unscorable])
+    assert rewards.total == [1] and math.isnan(rewards.parts["answer"][0])
 
 
 def test_a_users_function_is_a_part_with_its_own_name(tmp_path):
     path = tmp_path / "my.py"
     short = "def short(completion, example):\n    return 1 / len(completion)\n"
     path.write_text(short + "def answer(completion, example):\n    return 1\n")
-    scores = make_scorer(f"{path}:short=2,answer")(["42", RIGHT], [EXAMPLE] * 2)
-    assert scores.parts == {"short": [1 / 2, 1 / len(RIGHT)], "answer": [0, 1]}
-    assert scores.total == [1, 1 + 2 / len(RIGHT)]
+    rewards = make_reward_function(f"{path}:short=2,answer")(["42", RIGHT], [EXAMPLE] * 2)
+    assert rewards.parts == {"short": [1 / 2, 1 / len(RIGHT)], "answer": [0, 1]}
+    assert rewards.total == [1, 1 + 2 / len(RIGHT)]
     with pytest.raises(ValueError, match="two rewards are called 'answer': rename the function"):
-        make_scorer(f"{path}:answer,answer")
+        make_reward_function(f"{path}:answer,answer")
 
 
 def test_a_users_function_that_fails_leaves_the_other_parts(tmp_path):
     path = tmp_path / "my.py"
     path.write_text("def bad(completion, example):\n    return 1 / (len(completion) - 2)\n")
     with pytest.warns(RuntimeWarning, match="the reward bad raised ZeroDivisionError: .* on example '1'"):
-        scores = make_scorer(f"{path}:bad,answer")(["42", RIGHT], [EXAMPLE] * 2)
-    assert math.isnan(scores.total[0]) and scores.total[1] > 1
-    assert scores.parts["answer"] == [0, 1]
+        rewards = make_reward_function(f"{path}:bad,answer")(["42", RIGHT], [EXAMPLE] * 2)
+    assert math.isnan(rewards.total[0]) and rewards.total[1] > 1
+    assert rewards.parts["answer"] == [0, 1]
 
 
 def test_one_example_for_each_completion():
     with pytest.raises(ValueError, match="2 completions came with 1 examples"):
-        make_scorer("answer")([RIGHT, WRONG], [EXAMPLE])
+        make_reward_function("answer")([RIGHT, WRONG], [EXAMPLE])
     with pytest.raises(ValueError, match="output format 'xml' is unknown"):
-        make_scorer("answer", format="xml")
+        make_reward_function("answer", format="xml")
 
 
 @settings(deadline=500)
 @given(st.lists(st.text(), max_size=5), st.sampled_from(["answer", "solution"]))
 def test_every_part_gives_a_finite_number_for_any_text(completions, format):
     example = replace(EXAMPLE, rubric=("names the product",))
-    scores = make_scorer(",".join(PARTS), format)(completions, [example] * len(completions))
-    assert set(scores.parts) == set(PARTS)
-    assert len(scores.total) == len(completions)
-    assert all(math.isfinite(value) for values in scores.parts.values() for value in values)
+    rewards = make_reward_function(",".join(PARTS), format)(completions, [example] * len(completions))
+    assert set(rewards.parts) == set(PARTS)
+    assert len(rewards.total) == len(completions)
+    assert all(math.isfinite(value) for values in rewards.parts.values() for value in values)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -1,7 +1,9 @@
 """reward/mathvista.py against the real score vectors, and against numbers worked by hand."""
 
 import json
+import os
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from data.example import Example
 from data.mathvista import load
 from reward.mathvista import (
     SCORE_KEYS,
+    SCORERS,
     breakdown,
     edit_distance,
     normalise,
@@ -44,6 +47,25 @@ def test_predictions_and_verdicts_equal_the_official_ones_on_all_score_vectors(s
         prediction = normalise(row["extraction"], example, scorer=scorer)
         assert prediction == row[prefix + "prediction"], row
         assert verdict(prediction, example) == row[prefix + "true_false"], row
+
+
+def test_every_verdict_that_a_clone_of_mathvista_stores_is_ours():
+    """MATHVISTA=CLONE python -m pytest tests/test_reward_mathvista.py -k clone. Most were made by the older scorer."""
+    if "MATHVISTA" not in os.environ:
+        pytest.skip("MATHVISTA does not name a clone of https://github.com/lupantech/MathVista")
+    clone = Path(os.environ["MATHVISTA"])
+    problems = json.loads((clone / "data" / "testmini.json").read_text(encoding="utf-8"))
+    examples = {pid: from_row(row) for pid, row in problems.items()}
+    count, older = 0, 0
+    for path in sorted(clone.glob("results/*/output_*.json")):
+        for pid, row in json.loads(path.read_text(encoding="utf-8")).items():
+            if pid in examples and "true_false" in row:
+                ours = {scorer: normalise(str(row["extraction"]), examples[pid], scorer=scorer) for scorer in SCORERS}
+                found = {(prediction, verdict(prediction, examples[pid])) for prediction in ours.values()}
+                assert (row["prediction"], row["true_false"]) in found, (path, pid)
+                count, older = count + 1, older + (row["prediction"] == ours["published"])
+    print(f"{count} verdicts, all ours, {older} of them by the published scorer")
+    assert count > 20_000 and older > 0.999 * count
 
 
 @pytest.mark.parametrize(

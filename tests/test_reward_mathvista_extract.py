@@ -92,7 +92,7 @@ def test_the_chosen_option_is_found(response, extraction):
         ("No.", "B"),
         ("Based on the image, x is less than y.", "A"),
         ("In the plot, x is not less than y.", "B"),
-        ("Sorry, I cannot see the picture.", ""),
+        ("Sorry, I cannot see the image.", ""),
     ],
 )
 def test_a_statement_answers_a_question_of_yes_or_no(response, extraction):

@@ -12,9 +12,9 @@ from data.mathvista import load
 from reward.report import (
     Result,
     by_metadata,
+    completion_is_correct,
     figure,
     gsm8k_figures,
-    is_right,
     over_samples,
     preference_accuracy,
     score_mathvista,
@@ -31,7 +31,14 @@ def judged(example: Example, *answers: str | None) -> list[Result]:
     """A sample for each answer, in our answer block; None is a completion without one, cut at the length limit."""
     texts = ["so" if a is None else f"<reasoning>so</reasoning><answer>{a}</answer>" for a in answers]
     return [
-        Result(example, text, is_right(text, example, "answer"), answer is not None, answer is not None, len(text))
+        Result(
+            example,
+            text,
+            completion_is_correct(text, example, "answer"),
+            answer is not None,
+            answer is not None,
+            len(text),
+        )
         for text, answer in zip(texts, answers, strict=True)
     ]
 
@@ -109,7 +116,7 @@ def test_gsm8k_strict_reads_the_answer_block_or_the_marker_and_flexible_the_last
 
 
 def test_mathvistas_breakdown_has_the_published_counts(shared_data):
-    """A right answer to each of the 1,000 problems in free form, and a wrong choice elsewhere: 46%, by known counts."""
+    """Of 1,000 problems, the free-form ones get right answers and the others a wrong choice: 46%, by known counts."""
     examples = load(shared_data / "mathvista" / "testmini_standin.parquet")
     wrong = {e.id: next((c for c in e.choices if c != e.answer), None) for e in examples}
     found = score_mathvista([judged(e, wrong[e.id] or e.answer) for e in examples], "current")
@@ -150,7 +157,7 @@ def group(*rewards: float) -> Example:
         ((2, 1, 0), (-2.0, -3.0, -1.0), 1 / 3),
         # The two of reward 1 are no pair.
         ((1, 1, 0), (-2.0, -5.0, -4.0), 0.5),
-        # What has no score is in no pair.
+        # A completion with NaN is in no pair.
         ((2, 1, 0), (math.nan, 5.0, 4.0), 1.0),
     ],
 )

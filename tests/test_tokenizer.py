@@ -1,6 +1,6 @@
 """Token ids equal Hugging Face's tokenizer, chat template and processor, over a small tokenizer of the same kind.
 
-Two layouts: nano, where the image soft token is a piece, and the published one, where it is the row after the last.
+Two layouts: nano, where the image soft token is a piece, and the published one, where its id follows the last piece.
 The Hugging Face twin is built from the pieces of the sentencepiece model, as the published `tokenizer.json` was.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import NANO_SYMBOLS, NEWLINE_RUNS, SPACE_RUNS, write_tokenizer
 from transformers import AddedToken, Gemma3ImageProcessorPil, Gemma3Processor, GemmaTokenizer
 
-from gemma3.config import CONFIGS, NANO
+from gemma3.files.published import CONFIGS, NANO
 from gemma3.tokenizer import Tokenizer
 
 PUBLISHED_SYMBOLS = (
@@ -160,11 +160,11 @@ def image_count(messages: list[dict]) -> int:
     return sum(item["type"] == "image" for m in messages if isinstance(m["content"], list) for item in m["content"])
 
 
-def hugging_face_ids(processor, messages, add_generation_prompt=True, pictures=None, **settings) -> list[int]:
+def hugging_face_ids(processor, messages, add_generation_prompt=True, images=None, **settings) -> list[int]:
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    pictures = pictures or [Image.new("RGB", (8, 8))] * image_count(messages)
+    images = images or [Image.new("RGB", (8, 8))] * image_count(messages)
     inputs = processor(
-        text=text, images=[pictures] if pictures else None, add_special_tokens=False, return_tensors="np", **settings
+        text=text, images=[images] if images else None, add_special_tokens=False, return_tensors="np", **settings
     )
     return inputs["input_ids"][0].tolist()
 
@@ -210,7 +210,7 @@ def test_real_questions_equal_hugging_face(twins, shared_data):
 
 
 def test_newlines_around_an_image_merge(twins):
-    """The published processor writes image blocks as text: the newline of "user" and the two of the block are one."""
+    """The published processor writes image blocks as text: the newline of "user" and its two become one token."""
     piece = twins.vocabulary
     turn, end = piece["<start_of_turn>"], piece["<end_of_turn>"]
     image = [
@@ -238,9 +238,9 @@ def test_pan_and_scan_prompts_equal_hugging_face(twins, crops):
         "pan_and_scan_min_ratio_to_activate": 1.2,
     }
     messages = user([QUESTION, *[IMAGE] * len(crops), QUESTION])
-    pictures = [Image.new("RGB", sizes[n]) for n in crops]
+    images = [Image.new("RGB", sizes[n]) for n in crops]
     ids = twins.ours.encode_chat(messages, crops=crops)
-    assert ids == hugging_face_ids(twins.theirs, messages, pictures=pictures, **settings)
+    assert ids == hugging_face_ids(twins.theirs, messages, images=images, **settings)
     num_views = len(crops) + sum(crops)
     assert ids.count(twins.config.image_token_id) == num_views * twins.config.vision.tokens_per_image
 

@@ -1,7 +1,6 @@
 """A trained tokenizer has nano's layout, and Hugging Face, offline, reads the same ids from the files beside it."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +15,12 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from data.prompt import demonstration, question_text
 from data.synthetic import synthetic
-from gemma3.config import NANO
+from gemma3.files.hub import files_beside_weights
+from gemma3.files.published import NANO
 from gemma3.files.tokenizer_training import CONTROL, train_tokenizer, write_hugging_face_files
 from gemma3.image import load_image
 from gemma3.tokenizer import Tokenizer
+from grpo.run.setup import SYNTHETIC_SIZE, new_nano
 
 TASK_TEXTS = [text for e in synthetic("train", 999, 3) for text in (question_text(e), demonstration(e))]
 TEXTS = {"task": TASK_TEXTS, "mixed": CORPUS}
@@ -30,7 +31,7 @@ def directory(request, tmp_path_factory):
     """A model directory without weights, made from the embedded task or from texts of many kinds."""
     directory = tmp_path_factory.mktemp(request.param) / "new" / "model"
     train_tokenizer(TEXTS[request.param], directory, NANO.vocab_size)
-    write_hugging_face_files(directory, NANO)
+    write_hugging_face_files(directory)
     return directory
 
 
@@ -41,7 +42,7 @@ def pieces(directory):
 
 @pytest.fixture(scope="module")
 def processor(directory):
-    """What Hugging Face makes of the directory; a path is never looked up on the hub."""
+    """Hugging Face's processor from the files in the directory; a path is never looked up on the hub."""
     return AutoProcessor.from_pretrained(directory, local_files_only=True)
 
 
@@ -131,8 +132,8 @@ def test_conversations_equal_ours(directory, processor, messages, add_generation
     ours = Tokenizer(directory, NANO)
     text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
     assert text == ours.render_chat(messages, add_generation_prompt=add_generation_prompt)
-    pictures = [Image.new("RGB", (9, 7))] * text.count("<start_of_image>")
-    inputs = processor(text=text, images=[pictures] if pictures else None, add_special_tokens=False)
+    images = [Image.new("RGB", (9, 7))] * text.count("<start_of_image>")
+    inputs = processor(text=text, images=[images] if images else None, add_special_tokens=False)
     assert inputs["input_ids"][0] == ours.encode_chat(messages, add_generation_prompt=add_generation_prompt)
 
 
@@ -142,26 +143,28 @@ def test_the_template_refuses_roles_that_do_not_alternate(processor, roles):
         processor.apply_chat_template([{"role": role, "content": "x"} for role in roles.split()])
 
 
-def test_pictures_equal_ours(processor):
-    """The image processor squashes and scales a picture of another size to the pixels that image.py gives."""
+def test_images_equal_ours(processor):
+    """The image processor squashes and scales an image of another size to the pixels that image.py gives."""
     noise = np.random.default_rng(0).integers(0, 256, (51, 37, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    theirs = processor.image_processor(picture)["pixel_values"][0]
-    pixels = load_image(picture, NANO.vision.image_size)
+    image = Image.fromarray(noise)
+    theirs = processor.image_processor(image)["pixel_values"][0]
+    pixels = load_image(image, NANO.vision.image_size)
     np.testing.assert_allclose(theirs.transpose(1, 2, 0), pixels / 127.5 - 1, atol=1e-6)
 
 
-def test_a_text_model_gets_no_processor_files(tmp_path):
-    train_tokenizer(TASK_TEXTS, tmp_path, NANO.vocab_size)
-    image = {"vision": None, "start_of_image_id": None, "image_token_id": None, "end_of_image_id": None}
-    write_hugging_face_files(tmp_path, replace(NANO, model_type="gemma3_text", **image))
-    files = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {path.name for path in tmp_path.iterdir()} == files
+def test_nanos_own_files_are_made_again_byte_for_byte(tmp_path):
+    """By training from nothing on the embedded task: nano's tokenizer was made from its texts."""
+    new_nano(tmp_path, synthetic("train", SYNTHETIC_SIZE, 0, teacher="hasty"), seed=0)
+    expected = files_beside_weights("nano")
+    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} < {path.name for path in expected}
+    assert [path.name for path in files_beside_weights(tmp_path)] == [path.name for path in expected]
+    for path in expected:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_files_are_plain_json_and_the_same_each_time(directory, tmp_path):
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    write_hugging_face_files(directory, NANO)
+    write_hugging_face_files(directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     vocabulary = json.loads(before["tokenizer.json"])["model"]["vocab"]
     assert sorted(vocabulary.values()) == list(range(NANO.vocab_size))

@@ -30,15 +30,18 @@ import train
 from data.example import Example
 from data.mathvista import TRAINING_NOTICE
 from data.synthetic import synthetic
-from eval import Reader
 from gemma3.files.adapter import load_adapter
 from gemma3.files.config_json import read_config
 from gemma3.files.hub import NANO_DIRECTORY
 from gemma3.files.weights import load_checkpoint
+from gemma3.lora import Lora, Policy
+from gemma3.mesh import Model, make_mesh
 from gemma3.model import forward
 from gemma3.tokenizer import Tokenizer
+from grpo.reader import Reader
 from grpo.run import checkpoint
 from grpo.run.cli import clean_errors
+from grpo.run.describe import stored_settings
 from grpo.run.log import RunLog
 
 torch.set_num_threads(1)
@@ -49,7 +52,7 @@ SMALL = {
     **{"--prompts-per-step": 2, "--num-generations": 2, "--max-prompt-length": 96, "--max-completion-length": 16},
     **{"--wording": "bare", "--learning-rate": 0.002, "--micro-batch": 2, "--eval-limit": 2, "--eval-batch": 2},
 }
-# The groups' rewards differ whatever the model can do; and the process can be sent a signal in a step of its own.
+# Rewards differ within a group whatever the model can do. In a chosen call, the process sends itself a signal.
 REWARD = """
 import os
 
@@ -67,7 +70,7 @@ def spread(prompts, completions, **columns):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A folder of compiled programs: each run has an optimizer of its own, for which jax would compile it all again."""
+    """A folder of compiled programs: each run has an optimizer of its own, and jax would compile all again for it."""
     folder = tmp_path_factory.mktemp("compiled")
     changes = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in changes}
@@ -94,7 +97,7 @@ def flags(**changes) -> list[str]:
 
 
 def run(*argv) -> str:
-    """Run train.py in this process, as its last lines do; what it printed."""
+    """Run train.py in this process, as its last lines do; return what it printed."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with (
@@ -111,7 +114,7 @@ def run(*argv) -> str:
 
 
 def refusal(capsys, *argv) -> str:
-    """The sentence that a run ends with, alone on stderr, with exit code 2."""
+    """The sentence that a run ends with; it must be alone on stderr, with exit code 2."""
     with pytest.raises(SystemExit) as stop:
         run(*argv)
     err = capsys.readouterr().err
@@ -207,18 +210,6 @@ def test_a_run_interrupted_before_its_first_step_continues_too(whole, tmp_path, 
     assert_same_run(tmp_path / "run", whole[0])
 
 
-def test_a_second_signal_stops_at_once(monkeypatch):
-    sent = []
-    monkeypatch.setattr(signal, "signal", lambda number, handler: sent.append((number, handler)))
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
-    interrupt = train.Interrupt()
-    del sent[:]
-    interrupt._request(signal.SIGTERM, None)
-    assert interrupt.requested and not sent
-    interrupt._request(signal.SIGTERM, None)
-    assert sent == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]
-
-
 def script(*argv, cache: Path, signal_in_call: str = "0 0"):
     """train.py as a process of its own, which computes just as this one."""
     env = os.environ | {
@@ -233,7 +224,7 @@ def script(*argv, cache: Path, signal_in_call: str = "0 0"):
 
 @pytest.mark.slow
 def test_kill_9_loses_the_steps_since_the_last_save_and_nothing_else(whole, cache, tmp_path, reward):
-    """Killed in step 6 of 7 with a save at 3; the rest is stopped by SIGTERM in step 5, with exit code 0, and ended."""
+    """Killed in step 6 of 7 with a save at 3; then resumed, stopped by SIGTERM in step 5, and resumed to its end."""
     out = tmp_path / "run"
     killed = script(*flags(out=out, reward=reward), cache=cache, signal_in_call=f"{signal.SIGKILL:d} 6")
     assert killed.returncode == -signal.SIGKILL
@@ -258,7 +249,7 @@ def test_what_is_given_beside_resume_replaces_what_was_stored_even_by_a_default(
     assert (settings_of(copied)["steps"], settings_of(copied)["save_every"]) == (6, 20)
     assert settings_of(copied)["max_completion_length"] == SMALL["--max-completion-length"]
     assert (checkpoint.steps(copied), len(metrics(copied))) == ([6, 7], 6)
-    again = train.stored_settings(copied)
+    again = stored_settings(copied)
     assert (again.resume_step, again.out, again.steps) == (None, copied, 6)
 
 
@@ -372,23 +363,14 @@ def test_a_toml_file_sets_what_flags_do_not(tmp_path, reward):
     assert evaluated == [3, 6]
 
 
-def test_examples_come_in_another_order_each_epoch_and_the_order_continues():
-    places = train.shuffled(5, seed=3, start=0)
-    epochs = [[next(places) for _ in range(5)] for _ in range(3)]
-    assert [sorted(epoch) for epoch in epochs] == [[*range(5)]] * 3
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    later = train.shuffled(5, seed=3, start=7)
-    assert [next(later) for _ in range(8)] == [*epochs[1][2:], *epochs[2]]
-
-
 def dots(folder: Path, count: int):
-    """Rows with a picture each, as users write them."""
+    """Rows with an image each, as users write them."""
     for i in range(count):
         Image.new("RGB", (40, 30), (20 * i, 90, 40)).save(folder / f"{i}.png")
         yield {"id": f"own-{i}", "question": "How many dots are there?", "answer": i, "image": f"{i}.png"}
 
 
-def test_own_data_with_pictures(tmp_path, reward):
+def test_own_data_with_images(tmp_path, reward):
     data = write_rows(tmp_path / "my.jsonl", dots(tmp_path, 10))
     run(*flags(out=tmp_path / "run", data=data, reward=reward))
     samples = lines(tmp_path / "run" / "samples.jsonl")
@@ -430,7 +412,7 @@ def test_a_mesh_changes_neither_samples_nor_metrics(whole, tmp_path, reward, mon
 
 
 def test_dynamic_sampling_counts_the_prompts_it_draws(whole, tmp_path, monkeypatch):
-    """Where all rewards are equal it draws to its cap, and the run continues after all that were drawn."""
+    """If all rewards are equal, it takes prompts up to its cap, and the run continues after all of them."""
     constant = tmp_path / "constant.py"
     constant.write_text("def one(completion, example):\n    return 1.0\n")
     run(*flags(out=tmp_path / "run", reward=f"{constant}:one", dynamic_sampling=2, save_every=1))
@@ -457,7 +439,7 @@ def test_supervised_training_makes_a_model_from_nothing(taught):
 
 
 def test_its_directory_is_a_model_here_and_in_transformers(taught):
-    """And its tokenizer the same one."""
+    """Its tokenizer is the same one too."""
     example = synthetic("test", 9, 0)[0]
     hf = AutoModelForImageTextToText.from_pretrained(taught / "model", dtype=torch.float32).eval()
     ours, theirs = logits_of_both(taught / "model", None, hf, example)
@@ -469,7 +451,7 @@ def test_its_directory_is_a_model_here_and_in_transformers(taught):
 
 
 def test_all_weights_train_against_a_frozen_copy(taught, tmp_path, reward):
-    """GRPO without LoRA from the taught model; the second update on a step's samples is off their policy."""
+    """GRPO without LoRA from the taught model; the second update on a step's samples is off-policy."""
     run(
         *flags(
             out=tmp_path / "run",
@@ -488,16 +470,17 @@ def test_all_weights_train_against_a_frozen_copy(taught, tmp_path, reward):
     jax.tree.map(np.testing.assert_array_equal, before.vision, after.vision)
 
 
-def logits_of_both(directory: Path, lora, hf, example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """Our and transformers' logits of an example's prompt with its pictures."""
+def logits_of_both(directory: Path, lora: Lora | None, hf, example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Our and transformers' logits of an example's prompt with its images."""
     config, params = load_checkpoint(directory)
-    prompt = Reader(config, Tokenizer(directory, config), "bare", "answer")(example)
-    ids, pixels = torch.tensor([prompt.ids]), torch.tensor(np.stack(prompt.pictures)).permute(0, 3, 1, 2)
+    prompt = Reader(Model(config, make_mesh(1, 1)), Tokenizer(directory, config), "bare", "answer")(example)
+    ids, pixels = torch.tensor([prompt.ids]), torch.tensor(np.stack(prompt.images)).permute(0, 3, 1, 2)
     with torch.no_grad():
         theirs = hf(
             input_ids=ids, pixel_values=pixels / 127.5 - 1.0, token_type_ids=(ids == config.image_token_id).int()
         ).logits
-    return np.asarray(forward(params, ids.numpy(), [prompt.pictures], config=config, lora=lora)), theirs.numpy()
+    ours = forward(Policy(params, lora), ids.numpy(), [prompt.images], config=config)
+    return np.asarray(ours), theirs.numpy()
 
 
 def test_the_adapter_works_in_peft_and_changes_the_model(whole):
@@ -513,9 +496,9 @@ def test_the_adapter_works_in_peft_and_changes_the_model(whole):
 
 @pytest.mark.slow
 def test_the_default_run_learns(tmp_path):
-    """What a new user starts, with no flags but where to: on numbers never trained on, most answers become right.
+    """What a new user starts, with no flag but --out: for numbers it never trained on, most answers become right.
 
-    With blank pictures it can only guess, before and after: the best constant answers get 21%.
+    With blank images it can only guess, before and after: the best constant answers get 21%.
     """
     run = tmp_path / "run"
 
@@ -528,6 +511,6 @@ def test_the_default_run_learns(tmp_path):
     assert figures["after"]["accuracy"] >= max(0.85, figures["before"]["accuracy"] + 0.2)
     rewards = [line["reward"] for line in metrics(run)]
     assert np.mean(rewards[-20:]) > np.mean(rewards[:20]) + 0.1
-    call("eval.py", "--ckpt", run, "--pictures", "blank")
+    call("eval.py", "--ckpt", run, "--images", "blank")
     blank = json.loads((run / "eval.json").read_text())
     assert all(blank[model]["by"]["kind"]["image"]["accuracy"] < 0.25 for model in ("base", "adapter"))

@@ -1,4 +1,4 @@
-"""Files answered batch by batch, interrupted and gone on with; built-in examples with their verdicts."""
+"""Files answered batch by batch, interrupted and continued; built-in examples with their verdicts."""
 
 import io
 import json
@@ -12,43 +12,45 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_chat import answerer_on, asked
+from test_chat import answerer_on, in_room
 
 import eval as evaluation
 import grpo.use.use
-from data.example import FORMATS, Example
-from gemma3.sample import Sampling
-from grpo.use.chat import room_for
+from data.example import Example
+from gemma3.filters import Sampling
+from grpo.reader import Reader
+from grpo.use import chat as chatting
 from grpo.use.use import answer_examples, answer_file
 
-TAGS = FORMATS["answer"]
 EXAMPLES = [Example(str(i), f"What is {i} + {i}?", str(2 * i)) for i in range(5)]
 ASKED = {"seed": 3, "models": {"model": ["nano", None]}}
 
 
 @pytest.fixture(scope="module")
 def answerer():
-    return replace(answerer_on(1, 1), max_completion_length=12)
+    answerer = in_room(answerer_on(1, 1), 40)
+    return answerer._replace(
+        reader=replace(answerer.reader, wording="bare"), sampling=Sampling(max_completion_length=12)
+    )
 
 
 @pytest.fixture
-def answer(answerer, tmp_path):
-    """Answers the examples into a file of this name and returns its bytes; `stop_at` is interrupted at a question."""
+def answer(answerer, tmp_path, monkeypatch):
+    """Answer the examples into a file of this name and return its bytes; `stop_at` is the id to be interrupted at."""
+    read = Reader.__call__
 
     def answer(name: str, *, batch_size: int, stop_at: str = "", asked_for: dict = ASKED, examples=EXAMPLES) -> bytes:
-        def reader(example):
+        def read_or_stop(reader, example):
             if example.id == stop_at:
                 raise KeyboardInterrupt
-            return asked(answerer, example.question)
+            return read(reader, example)
 
+        monkeypatch.setattr(Reader, "__call__", read_or_stop)
         answer_file(
             Console(file=io.StringIO()),
-            [("base", answerer), ("adapter", replace(answerer, seed=4))],
+            [("base", "", answerer), ("adapter", "", answerer._replace(seed=4))],
             examples,
-            reader,
-            room_for(40, 0, 512),
-            TAGS,
-            asked=asked_for,
+            asked_for=asked_for,
             num_models=2,
             batch_size=batch_size,
             path=tmp_path / name,
@@ -59,7 +61,7 @@ def answer(answerer, tmp_path):
 
 
 def test_a_file_gone_on_with_is_that_of_one_go(answer, tmp_path):
-    """Interrupted twice, and with batches of another size after that; what is there in between is a whole file."""
+    """Interrupted twice, then continued with batches of another size; in between, the file is valid too."""
     whole = answer("whole.json", batch_size=2)
     for stop_at, there in (("3", 2), ("4", 4)):
         with pytest.raises(KeyboardInterrupt):
@@ -88,22 +90,15 @@ def test_examples_are_shown_with_their_verdicts_by_every_strategy(answerer, monk
     """The answers are made up: the first model is right about the second question only."""
     texts = {0.0: ["so <answer>1</answer>", "<answer>2</answer>"], 0.5: ["<answer>0</answer>", "<answer>9</answer>"]}
 
-    def drawn(answerer, prompts, index, room):
-        assert len(prompts) == 2 and list(index) == [0, 1]
-        return [grpo.use.use.Answer(text, text.startswith("<")) for text in texts[answerer.sampling.temperature]]
+    def made_up(answerer, prompts, first_index):
+        assert len(prompts) == 2 and first_index == 0
+        return [chatting.Answer(text, text.startswith("<")) for text in texts[answerer.sampling.temperature]]
 
-    monkeypatch.setattr(grpo.use.use, "draw_answers", drawn)
+    monkeypatch.setattr(chatting, "answers", made_up)
     console = Console(file=io.StringIO(), width=60)
-    answer_examples(
-        console,
-        [("base", answerer)],
-        {"greedy": Sampling(0.0), "wild": Sampling(0.5, 7)},
-        EXAMPLES[:2],
-        lambda example: asked(answerer, example.question),
-        lambda text, example: f"<answer>{example.answer}</answer>" in text,
-        TAGS,
-        several=True,
-    )
+    ways = {"greedy": Sampling(0.0, max_completion_length=12), "wild": Sampling(0.5, 7, max_completion_length=12)}
+    labelled = [("base", f"base, {chatting.spelled(*way)}", answerer._replace(sampling=way[1])) for way in ways.items()]
+    answer_examples(console, labelled, EXAMPLES[:2], answerer.reader)
     assert console.file.getvalue().splitlines() == [
         "",
         "1. What is 0 + 0?",
@@ -142,7 +137,7 @@ def test_ctrl_c_ends_with_a_sentence_and_130(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_batch_that_was_killed_is_gone_on_with(tmp_path):
-    """`kill -9` while it answers, one question at a time: started again, it ends with the file of one go."""
+    """`kill -9` while it answers one question at a time: started again, it ends with the file of a run in one go."""
     (tmp_path / "q.txt").write_text("".join(f"Ann has {i} coins and gets {i % 5} more.\n" for i in range(40)))
     command = [sys.executable, str(Path(evaluation.__file__)), "--batch", "q.txt", "--strategy", "creative"]
     options = {"cwd": tmp_path, "env": os.environ | {"JAX_PLATFORMS": "cpu"}, "capture_output": True, "text": True}

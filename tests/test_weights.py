@@ -25,31 +25,33 @@ from tiny_models import (
     tiny_text_config,
 )
 
-from gemma3.config import CONFIGS, NANO, layer_pattern
+from gemma3.config import layer_pattern
+from gemma3.files.published import CONFIGS, NANO
 from gemma3.files.weights import NAMES, common_name, field_path, load_checkpoint, save_checkpoint
-from gemma3.mesh import make_mesh, shardings
-from gemma3.model import forward, param_shapes
+from gemma3.mesh import Model, make_mesh
+from gemma3.model import forward
+from gemma3.params import param_shapes
 
 torch.set_num_threads(1)
 CONFIGURATIONS = {"text": tiny_text_config, "multimodal": tiny_multimodal_config, "gemma2": tiny_gemma2_config}
 
 
 def prompt(kind: str) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """Two rows of ids and their pictures: two in the first row of a multimodal prompt, one in the second."""
+    """Two rows of ids and their images: two in the first row of a multimodal prompt, one in the second."""
     rng = np.random.default_rng(3)
     ids = rng.integers(4, 370, (2, 23))
-    image = [START_OF_IMAGE_ID, *[IMAGE_ID] * 4, END_OF_IMAGE_ID]
+    tokens = [START_OF_IMAGE_ID, *[IMAGE_ID] * 4, END_OF_IMAGE_ID]
     if kind != "multimodal":
         return ids, [[], []]
-    ids[0, 2:8], ids[0, 11:17], ids[1, 5:11] = image, image, image
-    picture = lambda: rng.integers(0, 256, (56, 56, 3), dtype=np.uint8)  # noqa: E731
-    return ids, [[picture(), picture()], [picture()]]
+    ids[0, 2:8], ids[0, 11:17], ids[1, 5:11] = tokens, tokens, tokens
+    image = lambda: rng.integers(0, 256, (56, 56, 3), dtype=np.uint8)  # noqa: E731
+    return ids, [[image(), image()], [image()]]
 
 
 @torch.no_grad()
 def logits_of_transformers(model, ids: np.ndarray, images: list[list[np.ndarray]]) -> np.ndarray:
     inputs = {"input_ids": torch.tensor(ids)}
-    if flat := [picture for row in images for picture in row]:
+    if flat := [image for row in images for image in row]:
         pixels = torch.tensor(np.stack(flat)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         inputs |= {"pixel_values": pixels, "token_type_ids": torch.tensor(ids == IMAGE_ID).int()}
     return model(**inputs).logits.float().numpy()
@@ -164,7 +166,7 @@ BAD_TENSORS = {
     ),
     "left over": (
         replace_tensor("other.weight", torch.ones(3)),
-        r"holds the tensor other\.weight, which this model has no",
+        r"holds the tensor other\.weight, which this model does not have",
     ),
     "a ninth layer": (
         replace_tensor(Q.replace("7", "8"), torch.ones(64, 48)),
@@ -195,7 +197,7 @@ def test_a_text_only_reader_does_not_take_a_multimodal_checkpoint_for_its_own(mu
     rewrite(multimodal[0], tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content["text_config"]))
-    with pytest.raises(ValueError, match=r"holds the tensor multi_modal_projector.* which this model has no use for"):
+    with pytest.raises(ValueError, match=r"holds the tensor multi_modal_projector.* which this model does not have"):
         load_checkpoint(tmp_path)
 
 
@@ -254,7 +256,7 @@ def test_on_a_mesh_the_values_are_the_same_and_split_as_the_mesh_says(data, tens
     jax.tree.map(
         lambda x, sharding: x.sharding == sharding or pytest.fail(f"{x.sharding} is not {sharding}"),
         split,
-        shardings(whole, config, mesh),
+        Model(config, mesh).shardings(whole),
     )
 
 
@@ -284,7 +286,7 @@ def test_every_parameter_of_every_model_has_a_name_and_no_name_is_idle():
 
 
 def test_common_names_are_their_own_common_names():
-    assert all(common_name(name) == name for name, _ in NAMES.values())
+    assert all(common_name(name) == name for name in NAMES.values())
 
 
 # VmHWM, since a child's ru_maxrss starts at its parent's.

@@ -1,7 +1,7 @@
 """LoRA adapters: PEFT directories to `Lora` and back; rests on the names and layouts of `weights`.
 
-Only adapters of the linear layers in the language model's blocks and the vision tower's are read, all layers alike.
-Whatever else PEFT can store in an adapter is refused: left out, it would silently give another model.
+An adapter may adapt the linear layers in the blocks of the language model and of the vision tower, in all layers alike.
+Anything else that PEFT can store in an adapter is refused: to ignore it would silently give another model.
 """
 
 import json
@@ -13,57 +13,37 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from gemma3.config import Config
-from gemma3.files.tensors import list_tensors, replaced_directory, stored_shape, to_stored, write_json
-from gemma3.files.weights import NAMES, axis_sizes, check_tensors, common_name, load_tree, tensors_of
+from gemma3.files.tensors import list_tensors, stored_shape, to_stored
+from gemma3.files.weights import NAMES, check_tensors, common_name, load_tree, tensors_of
+from gemma3.files.writing import replaced_directory, write_json
 from gemma3.lora import TARGETS, VISION_TARGETS, Lora, lora_shapes
+from gemma3.params import axis_sizes
 
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
-# The parts of a `Lora`: which blocks in `NAMES` each adapts, and their fields.
+# For each part of a `Lora`: the blocks in `NAMES` that it adapts, and the fields that may have a pair.
 _PARTS = {"blocks": ("text.blocks", TARGETS), "vision": ("vision.blocks", VISION_TARGETS)}
 _HF_TARGETS = {  # "blocks": {"q": "q_proj", ...}
-    part: {target: NAMES[f"{blocks}.{target}"][0].split(".")[-2] for target in targets}
+    part: {target: NAMES[f"{blocks}.{target}"].split(".")[-2] for target in targets}
     for part, (blocks, targets) in _PARTS.items()
 }
 
-# Settings of PEFT that change what an adapter computes, or what it was made for; each must be off.
-_MUST_BE_OFF = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "layers_to_transform",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
-# Other ways of initialising change the base model's weights as well.
+# PEFT settings that go beyond plain LoRA, in what an adapter computes or in which modules it adapts; each must be off.
+_MUST_BE_OFF = """
+    alora_invocation_tokens alpha_pattern arrow_config fan_in_fan_out kasa_config layer_replication
+    layers_to_transform lora_bias modules_to_save monteclora_config rank_pattern target_parameters
+    trainable_token_indices use_bdlora use_dora use_qalora velora_config
+""".split()  # noqa: SIM905 - a list would be a line a word
+# The initialisations that leave the base model's weights as they are; others change them too.
 _INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 
-
-def _adapter_names() -> dict[str, tuple[str, str]]:
-    """Field of a `Lora` to name and layout. A weight stored "out in" has A stored "r in" and B stored "out r"."""
-    names = {}
-    for part, (blocks, targets) in _PARTS.items():
-        for target in targets:
-            name, layout = NAMES[f"{blocks}.{target}"]
-            outputs, inputs = re.findall(r"\([^)]*\)|\w", layout.split("->")[0])
-            module = name.removesuffix(".weight")
-            names[f"{part}.{target}.a"] = (f"{module}.lora_A.weight", f"r {inputs} -> {inputs.strip('()')} r")
-            names[f"{part}.{target}.b"] = (f"{module}.lora_B.weight", f"{outputs} r -> r {outputs.strip('()')}")
-    return names
-
-
-_NAMES = _adapter_names()
+# The tensor's name for each field of a `Lora`.
+_NAMES = {
+    f"{part}.{target}.{factor}": NAMES[f"{blocks}.{target}"].replace(".weight", f".lora_{factor.upper()}.weight")
+    for part, (blocks, targets) in _PARTS.items()
+    for target in targets
+    for factor in ("a", "b")
+}
 
 
 def _read_settings(path: Path) -> dict:
@@ -91,9 +71,9 @@ def _read_settings(path: Path) -> dict:
 
 
 def _adapted(found: dict, part: str, declared: list[str] | str | None) -> set[str]:
-    """The projections of a part of `Lora` that have tensors, or if any has, are declared to."""
+    """The projections that a part of `Lora` adapts: those with tensors and, if there are any, those in `declared`."""
     blocks, targets = _PARTS[part]
-    root = NAMES[f"{blocks}.{targets[0]}"][0].split("{}")[0]  # such as "model.layers."
+    root = NAMES[f"{blocks}.{targets[0]}"].split("{}")[0]  # such as "model.layers."
     held = {
         target
         for target, module in _HF_TARGETS[part].items()
@@ -108,9 +88,9 @@ def _adapted(found: dict, part: str, declared: list[str] | str | None) -> set[st
 def load_adapter(directory: str | Path, config: Config, mesh: Mesh | None = None) -> Lora:
     """Read a PEFT LoRA adapter of this model, float32, split over `mesh` or on the first device.
 
-    The rank, the scale and which projections are adapted are the file's own. ValueError, in a sentence, for a feature
-    of PEFT beyond plain LoRA, for one that adapts no language layer, or another module than the projections of the
-    language layers and the vision tower's, and for tensors missing or misshapen.
+    The rank, the scale and the adapted projections are the file's own. ValueError if the adapter uses a feature of PEFT
+    beyond plain LoRA, adapts no language layer, adapts a module that is not a projection of the language model or the
+    vision tower, or has missing or misshapen tensors.
     """
     directory = Path(directory)
     settings = _read_settings(directory / "adapter_config.json")
@@ -136,13 +116,13 @@ def _target_modules(lora: Lora, config: Config) -> list[str] | str:
 
     if config.vision is None:
         return modules("blocks")
-    # As a list the names would match q_proj, k_proj and v_proj of both the language model and the vision tower.
+    # A regular expression: PEFT would look for a list of names in both towers, and both have q_proj, k_proj, v_proj.
     text = rf".*language_model.*\.({'|'.join(modules('blocks'))})"
     return text if lora.vision is None else rf"{text}|.*vision_tower.*encoder.*\.({'|'.join(modules('vision'))})"
 
 
 def _peft_name(name: str, config: Config) -> str:
-    """PEFT's name of an adapter's tensor, which is that of the module in memory; `name` is our common one."""
+    """PEFT's name of an adapter's tensor, made from the module's name in memory; `name` is our common name."""
     if config.vision is not None:
         name = re.sub(r"^model\.", "model.language_model.", name)
     return _PREFIX + re.sub(r"^vision_tower\.vision_model\.", "model.vision_tower.", name)
@@ -153,10 +133,10 @@ def save_adapter(
 ) -> None:
     """Write a PEFT adapter directory; `PeftModel.from_pretrained` and vLLM read it.
 
-    The file states alpha, not the scale: scale * r, or scale * sqrt(r) with `rslora`. The directory appears, or
-    replaces an earlier adapter, once everything is written. ValueError if it holds something else.
+    The file states alpha instead of the scale: alpha = scale * r, or scale * sqrt(r) with `rslora`. The directory
+    appears, or replaces an earlier adapter, once everything is written. ValueError if it holds something else.
     """
-    r = next(pair for pair in lora.blocks if pair is not None).b.shape[1]
+    r = lora.r
     alpha = round(lora.scale * (r**0.5 if rslora else r), 9)
     settings = {
         "peft_type": "LORA",

@@ -5,72 +5,18 @@ a model that is almost right trains without complaint and is wrong.
 """
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from gemma3.config import Config, VisionConfig, layer_pattern
 
-_TEXT_KEYS = {  # our field: Hugging Face's key
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "sliding_window": "sliding_window",
-    "query_pre_attn_scalar": "query_pre_attn_scalar",
-    "norm_eps": "rms_norm_eps",
-    "max_positions": "max_position_embeddings",
-}
-_VISION_KEYS = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "norm_eps": "layer_norm_eps",
-}
-_SOFTCAP_KEYS = {"attention_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
+_TABLE = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))["config"]
+_TEXT_KEYS, _SOFTCAP_KEYS, _VISION_KEYS = (_TABLE[part] for part in ("text", "softcap", "vision"))
 
 # What the transformers class assumes for a key that config.json leaves out; the published 4b leaves out most.
-_GEMMA3_DEFAULTS = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 131072,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "rope_theta": 1e6,
-    "rope_local_base_freq": 1e4,
-    "sliding_window_pattern": 6,
-}
-_GEMMA2_DEFAULTS = _GEMMA3_DEFAULTS | {
-    "vocab_size": 256000,
-    "max_position_embeddings": 8192,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-    "rope_theta": 1e4,
-}
-_DEFAULTS = {"gemma3": _GEMMA3_DEFAULTS, "gemma3_text": _GEMMA3_DEFAULTS, "gemma2": _GEMMA2_DEFAULTS}
-_VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-    "layer_norm_eps": 1e-6,
-}
-_ONLY_VALUE = {  # keys that change the model, of which this code can honour one value, the one they have if left out
+_DEFAULTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_ONLY_VALUE = {  # keys that change the model; this code supports one value of each, which is also the default
     "hidden_activation": "gelu_pytorch_tanh",
     "hidden_act": "gelu_pytorch_tanh",
     "attention_bias": False,
@@ -123,7 +69,7 @@ def _layer_types(text: dict, model_type: str) -> tuple[str, ...]:
 def _vision(top: dict) -> VisionConfig:
     given = top.get("vision_config") or {}
     _require(_ONLY_VALUE_VISION, given)
-    fields = _VISION_DEFAULTS | given
+    fields = _DEFAULTS["siglip_vision_model"] | given
     sizes = {field: fields[key] for field, key in _VISION_KEYS.items()}
     return VisionConfig(**sizes, tokens_per_image=top.get("mm_tokens_per_image", 256))
 
@@ -153,21 +99,22 @@ def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
 def config_from_dict(top: dict) -> Config:
     """Read the content of a Hugging Face `config.json`; ValueError if this code cannot honour it exactly."""
     model_type = top.get("model_type")
-    if model_type not in _DEFAULTS:
+    if model_type not in ("gemma3", "gemma3_text", "gemma2"):
         raise ValueError(
             f"config.json has model_type {model_type!r}; supported are Gemma 3 ('gemma3', 'gemma3_text') and 'gemma2'"
         )
     given = top.get("text_config") or {} if model_type == "gemma3" else top
     for fields in (top, given):
         _require(_ONLY_VALUE if model_type == "gemma2" else _ONLY_VALUE_GEMMA3, fields)
-    # Soft caps alone can be switched off by a null.
-    text = _DEFAULTS[model_type] | {k: v for k, v in given.items() if v is not None or k in _SOFTCAP_KEYS.values()}
+    # A null switches a soft cap off; for any other key it means the default.
+    defaults = _DEFAULTS[model_type.removesuffix("_text")]
+    text = defaults | {key: value for key, value in given.items() if value is not None or key in _SOFTCAP_KEYS.values()}
     return Config(
         model_type=model_type,
         layer_types=_layer_types(text, model_type),
         qk_norm=model_type != "gemma2",
         vision=_vision(top) if model_type == "gemma3" else None,
-        **{field: text[key] for field, key in (_TEXT_KEYS | _SOFTCAP_KEYS).items()},
+        **{field: text.get(key) for field, key in (_TEXT_KEYS | _SOFTCAP_KEYS).items()},
         **_rope(text, model_type),
         **_token_ids(top, given),
     )

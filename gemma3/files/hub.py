@@ -5,14 +5,14 @@ from pathlib import Path
 
 NANO_DIRECTORY = Path(__file__).parents[1] / "nano"
 
-# The tokenizer is read from tokenizer.model; the others go along with a model that is written again.
+# Our tokenizer reads tokenizer.model alone; the other files are copied when a model is written again.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template*")
 # What a model directory is made of; nothing else is fetched.
 _FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", *_BESIDE]
 
 
 def _is_complete(snapshot: Path) -> bool:
-    """Whether a cached snapshot has all its parts: other programs leave some, and so does an interrupted download."""
+    """Whether a cached snapshot is complete: other programs may fetch only some files, or a download may break off."""
     names = {path.name for path in snapshot.iterdir()}
     shards = [re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", name) for name in names]
     count = next((int(shard[1]) for shard in shards if shard), None)
@@ -23,8 +23,8 @@ def _is_complete(snapshot: Path) -> bool:
 def resolve(directory_or_name: str | Path) -> Path:
     """The model directory of a path, of a Hugging Face name such as "google/gemma-3-4b-it", or of "nano".
 
-    A name is looked for among directories, then in Hugging Face's cache, and is then downloaded. ValueError says what
-    to do where none of these finds it.
+    A name is looked for among directories, then in Hugging Face's cache, and is then downloaded. If none of these finds
+    it, a ValueError says what to do.
     """
     if str(directory_or_name) == "nano":
         return NANO_DIRECTORY
@@ -65,6 +65,6 @@ def resolve(directory_or_name: str | Path) -> Path:
 
 
 def files_beside_weights(directory_or_name: str | Path) -> list[Path]:
-    """A model's files of tokenizer, chat template and processor, to be copied along when its weights are written."""
+    """A model's tokenizer, chat template and processor files, which are copied when its weights are written again."""
     directory = resolve(directory_or_name)
     return [path for pattern in _BESIDE for path in sorted(directory.glob(pattern))]

@@ -1,11 +1,14 @@
 """Why is my reward flat? Rules over the metrics of a run, each with its number, a verdict and what to try.
 
-A rule is a function of the lines of metrics.jsonl, under TRL's names; `RULES` is the table of them. Their bounds are
-rules of thumb: where to look first, no proof. Plain Python.
+A rule is a function of the lines of metrics.jsonl, which have TRL's names; `RULES` lists all rules. Their bounds are
+rules of thumb: they say where to look first, and prove nothing. Plain Python.
 """
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from math import sqrt
+from functools import partial
+from math import inf, sqrt
+from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any, NamedTuple
 
@@ -17,12 +20,12 @@ class Finding(NamedTuple):
 
     name: str
     number: str
-    fine: bool  # or else: look here
+    fine: bool  # False: look here
     advice: str  # what it means, and which flags of train.py to try
 
 
 def values(metrics: Metrics, name: str) -> list[float]:
-    """What is known of a metric, step by step."""
+    """The known values of a metric, step by step."""
     return [line[name] for line in metrics if line.get(name) is not None]
 
 
@@ -79,7 +82,7 @@ def right_answers(metrics: Metrics) -> Finding | None:
             "weigh the answer more, as in --reward answer=2,format=0.5."
         )
         return Finding(name, number, False, advice)
-    return Finding(name, number, True, "Judged by the code that judges the evaluation.")
+    return Finding(name, number, True, "Right and wrong are judged as in the evaluation.")
 
 
 def equal_groups(metrics: Metrics) -> Finding | None:
@@ -92,66 +95,46 @@ def equal_groups(metrics: Metrics) -> Finding | None:
         advice += " Most are right throughout: these questions are learned, and harder --data would teach more."
     elif share > 0.5:
         advice += (
-            " Draw more alternatives with a larger --num-generations or a higher --temperature, replace such groups "
+            " Sample more alternatives with a larger --num-generations or a higher --temperature, replace such groups "
             "with --dynamic-sampling 2, or give partial credit in --reward."
         )
     return Finding("Groups whose rewards are all equal", f"{share:.0%}", share <= 0.5 or right >= 0.9, advice)
 
 
-def unfinished(metrics: Metrics) -> Finding | None:
-    """The share of completions that were cut."""
-    share = end(metrics, "completions/clipped_ratio")
-    if share is None:
+def within_bound(
+    metrics: Metrics,
+    *,
+    name: str,
+    metric: str,
+    layout: str,
+    meaning: str,
+    advice: str,
+    least: float = -inf,
+    most: float = inf,
+) -> Finding | None:
+    """A rule of diagnosis.toml: whether the mean over the last fifth is within its bounds."""
+    value = end(metrics, metric)
+    if value is None:
         return None
-    advice = "A completion that is cut seldom reaches its answer."
-    if share > 0.1:
-        advice += (
-            " Raise --max-completion-length, or leave such completions out of the loss with "
-            "--mask-truncated-completions."
-        )
-    return Finding("Completions cut at the length limit", f"{share:.0%}", share <= 0.1, advice)
+    fine = least <= value <= most
+    return Finding(name, layout.format(value), fine, meaning if fine else f"{meaning} {advice}")
 
 
-def well_formed(metrics: Metrics) -> Finding | None:
-    """The mean of the reward's format part."""
-    rate = end(metrics, "rewards/format/mean")
-    if rate is None:
-        return None
-    advice = "An answer outside its tags is not found, and counts as wrong."
-    if rate < 0.8:
-        advice += (
-            " Ask for the tags with --wording instructed, reward them more, as in --reward answer=1,format=1, or teach "
-            "them first with --objective sft."
-        )
-    return Finding("Format reward", f"{rate:.2f} of 1", rate >= 0.8, advice)
+_BOUNDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+unfinished, well_formed, clip_share = (
+    partial(within_bound, **_BOUNDS[rule]) for rule in ("unfinished", "well_formed", "clip_share")
+)
 
 
 def distance(metrics: Metrics) -> Finding | None:
     """The KL to the base model, nats a token."""
-    kl = end(metrics, "kl")
-    if kl is None:
-        if not values(metrics, "reward"):
-            return None
+    if end(metrics, "kl") is None and values(metrics, "reward"):
         return Finding("KL to the base model", "not measured", True, "It is measured where --beta is above 0.")
-    advice = "Nats a token: how far the policy has gone from where it began."
-    if kl > 0.5:
-        advice += " Far: text may decay while the reward rises. Raise --beta or lower --learning-rate."
-    return Finding("KL to the base model", f"{kl:.3g}", kl <= 0.5, advice)
-
-
-def clip_share(metrics: Metrics) -> Finding | None:
-    """The share of tokens that the clip leaves without a gradient."""
-    share = end(metrics, "clip_ratio/region_mean")
-    if share is None:
-        return None
-    advice = "Tokens without a gradient, their ratio being out of the clip range."
-    if share > 0.2:
-        advice += " Lower --learning-rate or --num-iterations, or widen the range with --epsilon-high."
-    return Finding("Clipped tokens", f"{share:.1%}", share <= 0.2, advice)
+    return within_bound(metrics, **_BOUNDS["distance"])
 
 
 def entropy(metrics: Metrics) -> Finding | None:
-    """Whether the policy has stopped exploring, or dissolves."""
+    """Whether the policy has stopped exploring, or dissolves into noise."""
     first, last = beginning(metrics, "entropy"), end(metrics, "entropy")
     if last is None:
         return None
@@ -186,15 +169,10 @@ def weights_move(metrics: Metrics) -> Finding | None:
 
 
 def sampler_gap(metrics: Metrics) -> Finding | None:
-    """How far the log-probs of sampler and trainer lie apart, which the algorithm takes to be the same policy's."""
-    gap = end(metrics, "sampling/sampling_logp_difference/mean")
-    if gap is None:
-        return None
-    most = max(values(metrics, "sampling/sampling_logp_difference/max"), default=gap)
-    advice = "Nats a token between sampler and trainer, which should be one policy; bfloat16 gives about 0.01."
-    if gap > 0.05:
-        advice += " Bound its effect with --importance-sampling-clip-max 2, and see whether --dtype float32 closes it."
-    return Finding("Sampler/trainer gap", f"mean {gap:.2g}, largest {most:.2g}", gap <= 0.05, advice)
+    """How far apart the log-probs of sampler and trainer are, which should belong to the same policy."""
+    most = max(values(metrics, "sampling/sampling_logp_difference/max"), default=None)
+    found = within_bound(metrics, **_BOUNDS["sampler_gap"])
+    return found and found._replace(number=found.number + ("" if most is None else f", largest {most:.2g}"))
 
 
 def gradient(metrics: Metrics) -> Finding | None:
@@ -232,5 +210,5 @@ RULES: tuple[Callable[[Metrics], Finding | None], ...] = (
 
 
 def diagnose(metrics: Metrics) -> list[Finding]:
-    """What the rules find in the lines of metrics.jsonl; those whose metric a run does not have say nothing."""
+    """What the rules find in the lines of metrics.jsonl; a rule says nothing if the run lacks its metric."""
     return [finding for rule in RULES if (finding := rule(metrics)) is not None]

@@ -1,28 +1,27 @@
 """The page of a run, RUN/report.html: curves, settings, samples to look at, and why the reward is flat.
 
-    python -m grpo.pages.report RUN              # rebuild it
-    python -m grpo.pages.report RUN RUN --out compare.html
-
-It is made of what the run directory holds: config.json, metrics.jsonl, samples.jsonl with pictures/, summary.json.
+It is made of what the run directory holds: config.json, metrics.jsonl, samples.jsonl with images/, summary.json.
 """
 
-import argparse
 import bisect
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from html import escape
 from math import exp, inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from grpo.pages import page
-from grpo.pages.diagnosis import Finding, diagnose, end
-from grpo.run.cli import clean_errors
+from grpo.pages.diagnosis import diagnose, end
+from grpo.run.cli import flag_name
+from grpo.run.log import parsed, read_json
 from grpo.run.settings import Settings
 
 MOST_GROUPS = 40  # that a page shows
@@ -36,12 +35,15 @@ _TURN_MARKS = re.compile(r"<(?:bos|end_of_turn|start_of_image)>|<start_of_turn>(
 
 
 class Run(NamedTuple):
-    """What is read of a run directory."""
+    """What is read from a run directory."""
 
     path: Path
     config: dict[str, Any]
-    metrics: list[dict[str, Any]]  # a line of metrics.jsonl each, and what follows from it
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl, with "finished" added
     summary: dict[str, Any]  # accuracy "before" and "after", where they are known
+
+
+Card = tuple[str, Markup]  # a title, and a plot
 
 
 class Panel(NamedTuple):
@@ -50,66 +52,22 @@ class Panel(NamedTuple):
     title: str
     lines: Mapping[str, str]  # label to metric
     percent: bool = False
-    capped: bool = False  # what is far above the rest, the steps that compile, may leave the plot
+    capped: bool = False  # values far above the rest, of steps that compile, may lie outside the plot
 
 
-_CURVES = (
-    Panel("Entropy, nats a token", {"entropy": "entropy"}),
-    Panel("KL to the base model, nats a token", {"KL": "kl"}),
-    Panel(
-        "Clipped tokens",
-        {"below": "clip_ratio/low_mean", "above": "clip_ratio/high_mean", "weight at its bound": "cispo_clip_ratio"},
-        percent=True,
-    ),
-    Panel("Groups whose rewards are all equal", {"share": "frac_reward_zero_std"}, percent=True),
-    Panel(
-        "Length of completions, tokens",
-        {"mean": "completions/mean_length", "longest": "completions/max_length", "shortest": "completions/min_length"},
-    ),
-    Panel("Completions that finished", {"share": "finished"}, percent=True),
-    Panel("Gradient norm", {"norm": "grad_norm"}),
-    Panel("Norm of what is trained", {"adapter": "lora_norm", "weights": "weight_norm"}),
-    Panel(
-        "Sampler/trainer gap, nats a token",
-        {"mean": "sampling/sampling_logp_difference/mean", "largest": "sampling/sampling_logp_difference/max"},
-    ),
-    Panel("Learning rate", {"rate": "learning_rate"}),
-    Panel("Tokens per second", {"tokens": "tokens_per_second"}),
-    Panel(
-        "Seconds of a step",
-        {"rollout": "time/rollout", "reward": "time/reward", "update": "time/update", "all": "step_time"},
-        capped=True,
-    ),
-    Panel("Memory at its peak, GiB", {"memory": "memory/peak_gib"}),
-)
-
-_STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-_SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
+_CURVES = [
+    Panel(**panel) for panel in tomllib.loads(Path(__file__).with_name("curves.toml").read_text("utf-8"))["curve"]
+]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file, or none where there is no file. A last line that is being written is left out."""
-    records = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if not line.endswith(b"\n"):
-                break
-            raise ValueError(f"{path} is damaged: line {number} is not JSON ({error})") from error
-    return records
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    return [parsed(line, f"{path} is damaged: line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_run(path: Path) -> Run:
-    """A run as its directory tells it; ValueError where it is none."""
+    """The run in a directory; ValueError if it holds no run."""
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is no run directory, since it holds no config.json; name the --out of a training")
     metrics = _lines(path / "metrics.jsonl")
@@ -117,7 +75,7 @@ def read_run(path: Path) -> Run:
         if line.get("completions/clipped_ratio") is not None:
             line["finished"] = 1 - line["completions/clipped_ratio"]
     summary = path / "summary.json"
-    return Run(path, _json(path / "config.json"), metrics, _json(summary) if summary.is_file() else {})
+    return Run(path, read_json(path / "config.json"), metrics, read_json(summary) if summary.is_file() else {})
 
 
 def evaluations(run: Run) -> list[tuple[int, float, tuple[float, float]]]:
@@ -128,14 +86,14 @@ def evaluations(run: Run) -> list[tuple[int, float, tuple[float, float]]]:
     for line in run.metrics:
         if (accuracy := line.get("eval/accuracy")) is not None:
             found.append((line["step"], accuracy, (line["eval/accuracy_low"], line["eval/accuracy_high"])))
-    # A run that was continued for more steps still has the summary of fewer.
+    # A run that is continued for more steps still has the summary of its earlier end.
     if after and steps == run.config["settings"]["steps"]:
         found.append((steps, after["accuracy"], tuple(after["interval"])))
     return found
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric where it is known; of many, means over neighbours."""
+    """Steps and values of a metric where it is known; if there are many, means over neighbours."""
     points = np.array([(line["step"], line[name]) for line in metrics if line.get(name) is not None], float)
     points = points.reshape(-1, 2)
     width = -(-len(points) // _MOST_POINTS)
@@ -150,93 +108,81 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def _axes():
-    """An empty plot, without pyplot's global state."""
-    from matplotlib.figure import Figure
+class Line(NamedTuple):
+    """A line of a plot; or, with `errors` below and above each value, points with error bars."""
 
-    figure = Figure(figsize=(4.4, 2.4))
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    steps: Sequence[float]
+    values: np.ndarray
+    look: dict[str, Any]
+    errors: np.ndarray | None = None
+
+
+def draw(panel: Panel, lines: Sequence[Line]) -> Card | None:
+    """A panel as a card; None where it has no lines. The strong line is a running mean."""
+    from matplotlib.ticker import MaxNLocator
+
+    if not lines:
+        return None
+    figure, axes = page.new_figure(4.4, 2.4)
     axes.spines[["left", "bottom"]].set_color(_GREY)
     axes.tick_params(colors=_GREY, labelsize=9)
     axes.grid(color=_GREY, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _finish(figure, axes, panel: Panel, heights: Sequence[np.ndarray]) -> str:
-    """Ticks, limits and legend of a panel that was drawn, and its card."""
-    from matplotlib.ticker import MaxNLocator
-
+    for steps, values, look, errors in lines:
+        if errors is not None:
+            axes.errorbar(steps, values, errors, marker="o", markersize=4, capsize=3, elinewidth=1.6, **look)
+            continue
+        smooth = _smooth(values)
+        if not np.array_equal(smooth, values):
+            axes.plot(steps, values, **look | {"alpha": 0.3, "linewidth": 0.8, "label": None})
+        axes.plot(steps, smooth, **{"linewidth": 1.8, "marker": "o" if len(values) == 1 else ""} | look)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%" if panel.percent else f"{value:,.6g}")
     if panel.capped:
-        usual = max(np.percentile(values, 90) for values in heights)
-        if max(values.max() for values in heights) > 2 * usual:
+        usual = max(np.percentile(line.values, 90) for line in lines)
+        if max(line.values.max() for line in lines) > 2 * usual:
             axes.set_ylim(0, 1.2 * usual)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 4, "columnspacing": 1.2}
         axes.legend(frameon=False, fontsize=9, handlelength=1.5, borderpad=0.0, labelcolor=_GREY, **above)
-    return f'<div class="card plot"><h3>{escape(panel.title)}</h3>{page.plot(figure, panel.title)}</div>'
+    return panel.title, page.plot(figure, panel.title)
 
 
-def curves(panel: Panel, runs: Sequence[Run]) -> str:
-    """A panel as a card; of several runs each has its colour, and each metric its style. Nothing if all is absent or 0.
-
-    The strong line is a running mean.
+def curves(panel: Panel, runs: Sequence[Run]) -> Card | None:
+    """The plot of a panel's metrics. With several runs each run has its colour and each metric its line style. None if
+    all values are absent or 0.
     """
-    figure, axes = _axes()
-    heights, labelled, several = [], set(), len(runs) > 1
+    lines, several = [], len(runs) > 1
     for r, run in enumerate(runs):
         for i, (label, name) in enumerate(panel.lines.items()):
             steps, values = _series(run.metrics, name)
-            if not values.any():
-                continue
-            look = {
-                "color": _COLOURS[(r if several else i) % len(_COLOURS)],
-                "linestyle": _STYLES[(i if several else 0) % len(_STYLES)],
-                "marker": "o" if len(values) == 1 else "",
-            }
-            smooth = _smooth(values)
-            if not np.array_equal(smooth, values):
-                axes.plot(steps, values, **look | {"alpha": 0.3, "linewidth": 0.8})
-            axes.plot(steps, smooth, **look, linewidth=1.8, label=None if label in labelled else label)
-            labelled.add(label)
-            heights.append(values)
-    return _finish(figure, axes, panel, heights) if heights else ""
+            colour, style = (r, i) if several else (i, 0)
+            look = {"color": _COLOURS[colour % len(_COLOURS)], "linestyle": _STYLES[style % len(_STYLES)]}
+            if values.any():
+                labelled = {line.look["label"] for line in lines}
+                lines.append(Line(steps, values, look | {"label": None if label in labelled else label}))
+    return draw(panel, lines)
 
 
-def held_out(runs: Sequence[Run]) -> str:
-    """Held-out accuracy with its intervals as a card; of a single run, that of the samples it trained on behind it."""
-    figure, axes = _axes()
-    panel, heights = Panel("Accuracy, held out with 95% intervals", {}, percent=True), []
-    if len(runs) == 1 and len(samples := _series(runs[0].metrics, "accuracy")[1]):
-        steps = _series(runs[0].metrics, "accuracy")[0]
-        axes.plot(steps, _smooth(samples), color=_GREY, linewidth=1.0, label="samples of training")
-        heights.append(samples)
+def held_out(runs: Sequence[Run]) -> Card | None:
+    """Held-out accuracy with its intervals; for a single run also the accuracy of the samples it trained on."""
+    lines = []
+    steps, values = _series(runs[0].metrics, "accuracy")
+    if len(runs) == 1 and len(values):
+        lines.append(Line(steps, values, {"color": _GREY, "linewidth": 1.0, "label": "samples of training"}))
     for r, run in enumerate(runs):
         found = evaluations(run)
-        if not found:
-            continue
         steps, values = [step for step, *_ in found], np.array([accuracy for _, accuracy, _ in found])
-        sides = [(accuracy - low, high - accuracy) for _, accuracy, (low, high) in found]
-        look = {
-            "color": _COLOURS[r % len(_COLOURS)],
-            "marker": "o",
-            "markersize": 4,
-            "capsize": 3,
-            "elinewidth": 1.6,
-            "linestyle": ":",
-        }
         # Rounding may put an end of an interval on the wrong side of the accuracy by 1e-17.
-        errors = np.maximum(np.array(sides).T, 0.0)
-        axes.errorbar(steps, values, yerr=errors, **look, label="held out, greedy" if r == 0 else None)
-        heights.append(values)
-    return _finish(figure, axes, panel, heights) if heights else ""
+        sides = [(max(accuracy - low, 0.0), max(high - accuracy, 0.0)) for _, accuracy, (low, high) in found]
+        look = {"color": _COLOURS[r % len(_COLOURS)], "linestyle": ":", "label": None if r else "held out, greedy"}
+        if found:
+            lines.append(Line(steps, values, look, np.array(sides).T))
+    return draw(Panel("Accuracy, held out with 95% intervals", {}, percent=True), lines)
 
 
-def all_curves(runs: Sequence[Run]) -> str:
+def all_curves(runs: Sequence[Run]) -> list[Card]:
     """Every plot that the runs have the metrics for."""
     names = dict.fromkeys(name for run in runs for line in run.metrics[-1:] for name in line)
     parts = {name.split("/")[1]: name for name in names if name.startswith("rewards/") and name.endswith("/mean")}
@@ -246,11 +192,10 @@ def all_curves(runs: Sequence[Run]) -> str:
     ]
     if "reward" not in names:  # in GRPO the loss says nothing about progress
         first.append(curves(Panel("Loss", {"loss": "loss"}), runs))
-    cards = [*first, *(curves(panel, runs) for panel in _CURVES)]
-    return f'<div class="grid">{"".join(cards)}</div>' if any(cards) else '<p class="dim">No step is done yet.</p>'
+    return [card for card in (*first, *(curves(panel, runs) for panel in _CURVES)) if card is not None]
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where a group stands in samples.jsonl."""
 
     step: int
@@ -259,172 +204,106 @@ class Place(NamedTuple):
     size: int
 
 
-def index_samples(path: Path) -> list[Place]:
-    """The place of every group, found without parsing them: a long run has many. None where there is no file."""
-    places, start = [], 0
+def find_spans(path: Path) -> list[Span]:
+    """The span of every group, found without parsing, since a long run has many; an empty list if there is no file."""
+    spans, start = [], 0
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
                 step = re.match(rb'\{"step": (\d+),', line)
                 if step and line.endswith(b"\n"):
-                    places.append(Place(int(step[1]), b'"tokens": [' not in line, start, len(line)))
+                    spans.append(Span(int(step[1]), b'"tokens": [' not in line, start, len(line)))
                 start += len(line)
-    return places
+    return spans
 
 
 def _evenly(items: Sequence, most: int) -> list:
-    """At most so many of the items, evenly spaced, the last always among them, and then the first."""
+    """At most so many of the items, evenly spaced: always the last one and, if there is room for two, the first."""
     if len(items) <= most:
         return list(items)
     return [items[-1 - i * (len(items) - 1) // max(1, most - 1)] for i in range(most)][::-1]
 
 
-def choose(places: Sequence[Place], most: int) -> list[Place]:
-    """At most so many groups, evenly over the steps and newest first: a step's first with tokens, then its others."""
-    by_step: dict[int, list[Place]] = {}
-    for place in sorted(places, key=lambda place: (place.step, place.plain, place.start)):
-        by_step.setdefault(place.step, []).append(place)
-    chosen: list[Place] = []
+def choose(spans: Sequence[Span], most: int) -> list[Span]:
+    """At most so many groups, evenly over the steps, newest first; of each step those with tokens come first."""
+    by_step: dict[int, list[Span]] = {}
+    for span in sorted(spans, key=lambda span: (span.step, span.plain, span.start)):
+        by_step.setdefault(span.step, []).append(span)
+    chosen: list[Span] = []
     for rank in range(max(map(len, by_step.values()), default=0)):
         of_rank = [groups[rank] for groups in by_step.values() if rank < len(groups)]
         chosen += _evenly(of_rank, most - len(chosen)) if len(chosen) < most else []
-    return sorted(chosen, key=lambda place: (-place.step, place.plain, place.start))
+    return sorted(chosen, key=lambda span: (-span.step, span.plain, span.start))
 
 
 def read_groups(run: Path) -> list[dict[str, Any]]:
-    """The groups that a page shows: so many that they and their pictures fill about MOST_BYTES at most."""
+    """The groups that a page shows: as many as fit, with their images, into about MOST_BYTES."""
     path = run / "samples.jsonl"
-    places = index_samples(path)
-    if not places:
+    spans = find_spans(path)
+    if not spans:
         return []
 
-    def read(places: Sequence[Place]) -> list[dict[str, Any]]:
-        groups = []
+    def read(spans: Sequence[Span]) -> list[dict[str, Any]]:
         with open(path, "rb") as file:
-            for place in places:
-                file.seek(place.start)
-                groups.append(json.loads(file.read(place.size)))
-        return groups
+            return [json.loads(os.pread(file.fileno(), span.size, span.start)) for span in spans]
 
-    chosen = choose(places, MOST_GROUPS)
+    chosen = choose(spans, MOST_GROUPS)
     groups = read(chosen)
-    pictures = [run / name for group in groups for name in group.get("pictures", ())]
-    # A token in a tag of its own takes about as much room as its numbers do in the file, a picture a third more.
-    size = sum(place.size for place in chosen) + sum(
-        file.stat().st_size * 4 // 3 for file in pictures if file.is_file()
-    )
+    images = [run / name for group in groups for name in group.get("images", ())]
+    # On the page a token and its tag take about as much room as its numbers in the file; an image takes a third more.
+    size = sum(span.size for span in chosen) + sum(file.stat().st_size * 4 // 3 for file in images if file.is_file())
     fitting = max(1, len(chosen) * MOST_BYTES // size)
-    return groups if fitting >= len(chosen) else read(choose(places, fitting))
+    return groups if fitting >= len(chosen) else read(choose(spans, fitting))
 
 
-def _bucket(value: float, bounds: Sequence[float]) -> int:
-    """How many of the rising bounds a value reaches."""
-    return bisect.bisect_right(bounds, value)
-
-
-def _token(text: str, logp: float, ratio: float | None, clipped: bool) -> str:
-    """A token with its tints as classes: p3 is improbable, u2 and d2 a ratio far above and below 1."""
+def _token(text: str, logp: float, ratio: float | None, clipped: bool) -> dict[str, str]:
+    """A token with its tints as classes: p3 marks an improbable token, u2 and d2 a ratio far above and below 1."""
     probability = exp(logp)
     ratio = inf if ratio is None else ratio  # JSON has no infinity
-    classes = []
-    if surprise := 3 - _bucket(probability, (0.05, 0.3, 0.8)):
-        classes.append(f"p{surprise}")
-    if change := _bucket(abs(ratio - 1), (0.02, 0.1)):
-        classes.append(f"{'u' if ratio > 1 else 'd'}{change}")
-    if clipped:
-        classes.append("clip")
-    return f'<i class="{" ".join(classes)}" title="{probability:.1%}, ratio {ratio:.3f}">{escape(text)}</i>'
+    tints = []
+    if surprise := 3 - bisect.bisect_right((0.05, 0.3, 0.8), probability):
+        tints.append(f"p{surprise}")
+    if change := bisect.bisect_right((0.02, 0.1), abs(ratio - 1)):
+        tints.append(f"{'u' if ratio > 1 else 'd'}{change}")
+    tints += ["clip"] if clipped else []
+    return {"text": text, "tint": " ".join(tints), "title": f"{probability:.1%}, ratio {ratio:.3f}"}
 
 
-def _completion(completion: Mapping[str, Any]) -> str:
-    reward, advantage = completion["reward"], completion["advantage"] or 0.0
+def _completion(completion: Mapping[str, Any]) -> dict[str, Any]:
+    advantage, tokens = completion["advantage"] or 0.0, [{"text": completion["text"]}]
     if "tokens" in completion:
         columns = (completion[name] for name in ("tokens", "logps", "ratios", "clipped"))
-        text = "".join(_token(*token) for token in zip(*columns, strict=True))
-    else:
-        text = f"<i>{escape(completion['text'])}</i>"
-    size = _bucket(abs(advantage), (0.05, 0.8))
-    tint = f"{'up' if advantage > 0 else 'down'}{size}" if size else ""
-    right = completion["correct"]
+        tokens = [_token(*token) for token in zip(*columns, strict=True)]
+    size = bisect.bisect_right((0.05, 0.8), abs(advantage))
     parts = [f"{name} {value:.3g}" for name, value in completion["rewards"].items() if value is not None]
-    parts += [] if completion["finished"] else ["cut at the length limit"]
-    verdict = '<b class="good">✓ right</b>' if right else '<b class="bad">✗ wrong</b>'
-    return (
-        f'<article class="completion {"right" if right else "wrong"} {tint}" '
-        f'data-reward="{"" if reward is None else reward}">{verdict} · reward '
-        f"<b>{'none' if reward is None else f'{reward:.3g}'}</b>"
-        f'<div class="dim">advantage <b>{advantage:+.2f}</b> · {escape(" · ".join(parts))}</div>'
-        f"<pre>{text}</pre></article>"
-    )
+    return completion | {
+        "advantage": advantage,
+        "tint": f"{'up' if advantage > 0 else 'down'}{size}" if size else "",
+        "parts": parts + ([] if completion["finished"] else ["cut at the length limit"]),
+        "tokens": tokens,
+    }
 
 
-def _pictures(run: Path, names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        if (run / name).is_file():
-            yield page.picture((run / name).read_bytes(), alt="a picture of the question")
-        else:
-            yield f'<span class="dim">{escape(name)} is gone</span>'
-
-
-def _group(run: Path, group: Mapping[str, Any], opened: bool) -> str:
-    asked = _TURN_MARKS.sub("", group["prompt"]).strip()
-    marks = "".join(
-        f'<span class="{"good" if c["correct"] else "bad"}">{"✓" if c["correct"] else "✗"}</span>'
-        for c in group["completions"]
-    )
-    last_paragraph = asked.split("\n\n")[-1]
-    answer = "" if group["answer"] is None else f"<p>right answer: <b>{escape(str(group['answer']))}</b></p>"
-    return (
-        f'<details class="group card" data-step="{group["step"]}"{" open" if opened else ""}><summary>'
-        f'<b>step {group["step"]}</b><span class="marks">{marks}</span>'
-        f'<span class="asked dim">{escape(last_paragraph[:200])}</span></summary>'
-        f'<div class="question">{"".join(_pictures(run, group.get("pictures", ())))}<div><pre>{escape(asked)}</pre>'
-        f'{answer}</div></div><div class="side">{"".join(map(_completion, group["completions"]))}</div></details>'
-    )
-
-
-_FILTER = """<form id="filter" class="card" hidden>
-<label>step <input name="first" type="number" min="1" placeholder="first"></label>
-<label>to <input name="last" type="number" min="1" placeholder="last"></label>
-<label>reward <input name="least" type="number" step="any" placeholder="least"></label>
-<label>to <input name="most" type="number" step="any" placeholder="most"></label>
-<label>answers <select name="verdict"><option value="">all</option><option value="right">right</option>
-<option value="wrong">wrong</option></select></label>
-<label>tint tokens by <select name="tint"><option value="p">probability</option><option value="r">ratio</option>
-<option value="a">advantage</option><option value="">nothing</option></select></label>
-<button name="unfold" type="button">unfold or fold</button> <output id="count" class="dim"></output></form>
-<p class="dim"><span class="legend of-p">A token's probability when it was drawn: <i>over 80%</i>
-<i class="p1">over 30%</i> <i class="p2">over 5%</i> <i class="p3">less</i>.</span>
-<span class="legend of-r">Ratio of the policy in the last update to the one that drew the token:
-<i class="d2">10% less</i> <i class="d1">2% less</i> <i>1</i> <i class="u1">2% more</i> <i class="u2">10% more</i>;
-samples that are used once have ratio 1.</span>
-<span class="legend of-a">Advantage: <span class="up2"><i>made likelier</i></span>
-<span class="down2"><i>made less likely</i></span>.</span> The clip left <i class="clip">underlined</i> tokens without a
-gradient.</p>"""
-
-
-def samples(run: Path) -> str:
-    """The groups to look at, as a section with its filter; nothing where the run drew none."""
+def shown_groups(run: Path) -> list[dict[str, Any]]:
+    """The groups to look at, as the page shows them."""
     groups = read_groups(run)
-    if not groups:
-        return ""
     # Where rewards differ there is something to see.
     differ = [i for i, group in enumerate(groups) if len({c["reward"] for c in group["completions"]}) > 1]
     opened = (differ or range(len(groups)))[:2]
-    cards = "".join(_group(run, group, opened=i in opened) for i, group in enumerate(groups))
-    return (
-        '<h2 id="samples-title">Samples to look at</h2><p>A line is a question with its group of completions: some '
-        "of the whole run, the newest first. Point at a token for its numbers.</p>"
-        f'<section id="samples" data-tint="p">{_FILTER}{cards}</section>'
-    )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return [
+        group
+        | {
+            "opened": i in opened,
+            "asked": _TURN_MARKS.sub("", group["prompt"]).strip(),
+            "images": [(name, run / name if (run / name).is_file() else None) for name in group.get("images", ())],
+            "completions": list(map(_completion, group["completions"])),
+        }
+        for i, group in enumerate(groups)
+    ]
 
 
 def _shown(value: Any) -> str:
-    """A setting as one would type it."""
+    """A setting as a user would type it."""
     if value is None:
         return "none"
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -438,58 +317,22 @@ def chosen_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     def is_chosen(name: str) -> bool:
         default = defaults.get(name)
         # A default of None stands for one that depends on the model, the data or the machine.
-        return _flag(name) in words or (default is not None and _shown(default) != _shown(settings[name]))
+        return flag_name(name) in words or (default is not None and _shown(default) != _shown(settings[name]))
 
     return {name: value for name, value in settings.items() if is_chosen(name)}
 
 
 def command(config: Mapping[str, Any]) -> str:
-    """What reproduces a run: its command, or for one that was continued, the flags that it began with."""
+    """The command that reproduces a run: its own or, if the run was continued, one with the flags it began with."""
     if "--resume" not in config["command"]:
         return config["command"]
     words = ["python", "train.py"]
     for name, value in chosen_settings(config).items():
         if isinstance(value, bool):
-            words.append(_flag(name) if value else _flag(f"no_{name}"))
+            words.append(flag_name(name) if value else flag_name(f"no_{name}"))
         elif name not in ("resume", "resume_step"):
-            words += [_flag(name), _shown(value)]
+            words += [flag_name(name), _shown(value)]
     return shlex.join(words)
-
-
-def configuration(config: Mapping[str, Any]) -> str:
-    """The settings and what reproduces them, as a section."""
-    helps = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
-    chosen = chosen_settings(config)
-
-    def rows(names):
-        return [(_flag(name), _shown(config["settings"][name]), helps.get(name, "")) for name in names]
-
-    others = [name for name in config["settings"] if name not in chosen]
-    packages = ", ".join(f"{name} {version}" for name, version in config["packages"].items())
-    commit = f"commit {config['git']}, " if config["git"] else ""
-    head = ("flag", "value", "what it is")
-    return (
-        f'<h2 id="settings">Settings</h2><pre>{escape(command(config))}</pre>'
-        f'<p class="dim">{escape(commit)}{escape(config["devices"])}, {escape(packages)}</p>'
-        f"{page.table(head, rows(chosen)) if chosen else ''}"
-        f"<details><summary>{len(others)} settings as they are by default</summary>{page.table(head, rows(others))}"
-        "</details>"
-    )
-
-
-def _finding(finding: Finding) -> str:
-    verdict = '<span class="good">fine</span>' if finding.fine else '<b class="bad">look here</b>'
-    return (
-        f'<div class="finding">{verdict}<div>{escape(finding.name)}: <b>{escape(finding.number)}</b></div>'
-        f'<p class="dim">{escape(finding.advice)}</p></div>'
-    )
-
-
-def diagnosis(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """What the log says about the run, as a section: what deserves a look first."""
-    findings = sorted(diagnose(metrics), key=lambda finding: finding.fine)
-    title = "Why is my reward flat?" if end(metrics, "reward") is not None else "Is anything wrong?"
-    return f'<h2 id="diagnosis">{title}</h2>{"".join(map(_finding, findings))}'
 
 
 def _percent(found: Mapping[str, Any] | None) -> str:
@@ -504,37 +347,40 @@ def _minutes(run: Run) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
 
 
-def tiles(run: Run) -> str:
-    """The few numbers that one asks for first."""
+def tiles(run: Run) -> list[tuple[str, str]]:
+    """The few numbers that a reader wants first, each with its label."""
     steps = run.metrics[-1]["step"] if run.metrics else 0
     found = [(f"{steps} of {run.config['settings']['steps']}", f"steps, {_minutes(run)}")]
-    held = evaluations(run)
-    if held:
+    if held := evaluations(run):
         found.append((" → ".join(dict.fromkeys(f"{held[i][1]:.1%}" for i in (0, -1))), "right, held out"))
     rewards = [line["reward"] for line in run.metrics if line.get("reward") is not None]
-    if rewards:
-        found.append((f"{rewards[0]:.2f} → {rewards[-1]:.2f}", "reward"))
-    cells = "".join(f'<div><b>{escape(number)}</b><span class="dim">{what}</span></div>' for number, what in found)
-    return f'<div class="tiles">{cells}</div>'
+    return [*found, (f"{rewards[0]:.2f} → {rewards[-1]:.2f}", "reward")] if rewards else found
 
 
 def document(run: Run) -> str:
     """The page of one run."""
-    settings, shown = run.config["settings"], samples(run.path)
-    about = f"{settings['objective']} of {settings['model']} on {settings['data']}"
-    return page.page(
-        run.path.resolve().name,
-        f'<p>{escape(about)}</p>{tiles(run)}<nav><a href="#curves">Curves</a> '
-        f'{"<a href=#samples-title>Samples</a> " if shown else ""}<a href="#settings">Settings</a> '
-        f'<a href="#diagnosis">Diagnosis</a></nav><h2 id="curves">Curves</h2>{all_curves([run])}{shown}'
-        f"{configuration(run.config)}{diagnosis(run.metrics)}",
-        style=_STYLE,
-        script=_SCRIPT if shown else "",
+    config, settings = run.config, run.config["settings"]
+    helps = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
+    rows = {name: (flag_name(name), _shown(value), helps.get(name, "")) for name, value in settings.items()}
+    chosen = chosen_settings(config)
+    return page.render(
+        "report.html",
+        title=run.path.resolve().name,
+        settings=settings,
+        tiles=tiles(run),
+        curves=all_curves([run]),
+        groups=shown_groups(run.path),
+        command=command(config),
+        config=config,
+        chosen=[rows[name] for name in chosen],
+        others=[row for name, row in rows.items() if name not in chosen],
+        has_reward=end(run.metrics, "reward") is not None,
+        findings=sorted(diagnose(run.metrics), key=lambda finding: finding.fine),
     )
 
 
 def write(run: Path, out: Path | None = None) -> Path:
-    """Write RUN/report.html, or `out`, from what the run has logged so far; a reader sees the old page or the new.
+    """Write RUN/report.html, or `out`, from what the run has logged so far. The page is replaced in one step.
 
     ValueError where `run` is no run directory or one of its files is damaged.
     """
@@ -549,43 +395,21 @@ def compare(paths: Sequence[Path], out: Path) -> Path:
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    keys = "".join(
-        f'<span class="key" style="--colour:{_COLOURS[i % len(_COLOURS)]}">{escape(name)}</span>'
-        for i, name in enumerate(names)
-    )
     results = []
     for name, run in zip(names, runs, strict=True):
-        steps, reward = run.metrics[-1]["step"] if run.metrics else 0, end(run.metrics, "reward")
-        reward = "" if reward is None else f"{reward:.3f}"
+        (steps, _), *_ = tiles(run)
+        reward = end(run.metrics, "reward")
         accuracies = [_percent(run.summary.get(when)) for when in ("before", "after")]
-        results.append((name, f"{steps} of {run.config['settings']['steps']}", _minutes(run), reward, *accuracies))
+        results.append((name, steps, _minutes(run), "" if reward is None else f"{reward:.3f}", *accuracies))
     flags = dict.fromkeys(name for run in runs for name in run.config["settings"] if name not in ("out", "resume"))
-    rows = [(_flag(name), *(_shown(run.config["settings"].get(name)) for run in runs)) for name in flags]
+    rows = [(flag_name(name), *(_shown(run.config["settings"].get(name)) for run in runs)) for name in flags]
+    values = {"title": f"{len(runs)} runs compared", "names": names, "results": results, "curves": all_curves(runs)}
+    keys = [(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(names)]
     different = [row for row in rows if len(set(row[1:])) > 1]
-    head = ("run", "steps", "time", "reward, last fifth", "held out before, %", "after")
-    body = (
-        f"{page.table(head, results)}<h2>Settings that differ</h2>"
-        f"{page.table(('flag', *names), different) if different else '<p>None.</p>'}"
-        f"<h2>Curves</h2><p>{keys}</p>{all_curves(runs)}"
-    )
-    page.write_page(out, page.page(f"{len(runs)} runs compared", body, style=_STYLE))
+    page.write_page(out, page.render("compare.html", keys=keys, different=different, **values))
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo.pages.report", description="Rebuild a run's page, or compare runs."
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
-    help = "the page to write (default RUN/report.html; of several runs compare.html)"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=help)
-    given = parser.parse_args(argv)
-    if len(given.runs) == 1:
-        print(write(given.runs[0], given.out))
-    else:
-        print(compare(given.runs, given.out or Path("compare.html")))
-
-
-if __name__ == "__main__":
-    with clean_errors():
-        main()
+def write_pages(paths: Sequence[Path], out: Path | None) -> Path:
+    """Write a run's page again, or one that compares several, to `out`, else to RUN/report.html or compare.html."""
+    return write(paths[0], out) if len(paths) == 1 else compare(paths, out or Path("compare.html"))

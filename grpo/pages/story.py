@@ -1,25 +1,24 @@
-"""What a told computation is made of, drawn twice: in the terminal by rich, and on a page.
+"""The parts of a story about a computation. It is shown twice: in the terminal by rich, and on a page.
 
-A story is a list of chapters, and a chapter of blocks: paragraphs (str), formulas, tables, tokens, pictures, plots, and
-the functions that computed its numbers, whose file and line are looked up as they are now.
+A story is a list of chapters, and a chapter is a list of blocks: paragraphs (str), formulas, tables, tokens, images,
+plots, and the functions that computed its numbers, whose file and line are looked up when the story is shown.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from html import escape
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from grpo.pages import page
-from grpo.pages.page import Cell
+from grpo.pages.page import Cell, render
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -35,15 +34,21 @@ class Table(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A completion, its tokens tinted by what became of their probability."""
+    """A completion whose tokens are tinted by how their probability changed."""
 
     label: str
     pieces: Sequence[str]
-    ratio: np.ndarray  # of each token; above 1 it has grown likelier
+    ratio: np.ndarray  # of each token; above 1 the token has grown likelier
     clipped: np.ndarray
 
+    def tinted(self) -> Iterator[tuple[str, str, float, bool]]:
+        """Each token with a background as strong as its log-ratio, its ratio, and whether it was clipped."""
+        for piece, ratio, clipped in zip(self.pieces, self.ratio.tolist(), self.clipped.tolist(), strict=True):
+            tone, share = "good" if ratio > 1 else "bad", min(60.0, 150.0 * abs(np.log(ratio)))
+            yield piece, f"color-mix(in srgb, var(--{tone}) {share:.0f}%, transparent)", ratio, clipped
 
-class Picture(NamedTuple):
+
+class Image(NamedTuple):
     pixels: np.ndarray  # uint8[h, w, 3]
     alt: str
 
@@ -51,17 +56,48 @@ class Picture(NamedTuple):
 class Plot(NamedTuple):
     """For the page only."""
 
-    figure: Figure
+    figure: Any  # of matplotlib
     alt: str
 
 
 class Code(NamedTuple):
     functions: Sequence[Callable]  # what computed the numbers of the chapter
 
+    def named(self) -> list[tuple[str, str]]:
+        """The file and line of each function, and its source."""
+        return [(where(function), inspect.getsource(inspect.unwrap(function))) for function in self.functions]
+
 
 class Chapter(NamedTuple):
     title: str
     blocks: list
+
+
+def _blocks(paragraph: str, values: Mapping[str, Any]) -> list:
+    """The blocks that a paragraph of a story stands for."""
+    lines = paragraph.splitlines()
+    if re.fullmatch(r"\{\w+\}", paragraph) and not isinstance(found := values[paragraph[1:-1]], str):
+        return found if isinstance(found, list) else [found]
+    if paragraph.startswith("→ "):
+        return [Code([pkgutil.resolve_name(line[2:]) for line in lines])]
+    if paragraph.startswith("    "):
+        formula, *source = (line.strip().removeprefix("| ").format_map(values) for line in lines)
+        return [Formula(formula, *source)]
+    return [" ".join(lines).format_map(values)]
+
+
+def read_story(text: str, values: Mapping[str, Any]) -> list[Chapter]:
+    """Read a story. In its text {name} stands for a value; as a paragraph of its own it may stand for blocks.
+
+    "# " begins a chapter; an indented line is a formula; "| " below it begins its source; "→ " names a function.
+    """
+    chapters = [Chapter("", [])]
+    for paragraph in text.strip("\n").split("\n\n"):
+        if paragraph.startswith("# "):
+            chapters.append(Chapter(paragraph[2:].format_map(values), []))
+        else:
+            chapters[-1].blocks.extend(_blocks(paragraph, values))
+    return chapters
 
 
 def where(function: Callable) -> str:
@@ -75,27 +111,26 @@ def where(function: Callable) -> str:
 
 def rich_table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> RichTable:
     styles = {"good": "green", "bad": "red", "dim": "dim", "": ""}
-    drawn = RichTable(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table = RichTable(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for heading, first in zip(headings, rows[0], strict=True):
         text = str(first.text if isinstance(first, Cell) else first)
         is_number = text.lstrip("+-").rstrip("%").replace(".", "").isdigit()
-        drawn.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         cells = (cell if isinstance(cell, Cell) else Cell(cell) for cell in row)
-        drawn.add_row(*(Text(str(cell.text), styles[cell.kind]) for cell in cells))
-    return drawn
+        table.add_row(*(Text(str(cell.text), styles[cell.kind]) for cell in cells))
+    return table
 
 
 def half_blocks(pixels: np.ndarray) -> Text:
-    """A picture in coloured characters, two pixels in each, at most 48 of them wide."""
+    """An image in coloured characters, each of two pixels; a line has at most 48 characters."""
     step = -(-max(pixels.shape[:2]) // 48)
-    shown = pixels[::step, ::step]
-    picture = Text(no_wrap=True)
+    shown, lines = pixels[::step, ::step].tolist(), []
     for upper, lower in zip(shown[::2], shown[1::2], strict=False):
-        for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
-            picture.append("▀", f"rgb({','.join(map(str, above))}) on rgb({','.join(map(str, below))})")
-        picture.append("\n")
-    return picture
+        cells = zip(upper, lower, strict=True)
+        styles = (f"rgb({r},{g},{b}) on rgb({u},{v},{w})" for (r, g, b), (u, v, w) in cells)
+        lines.append(Text.assemble(*(("▀", style) for style in styles), no_wrap=True))
+    return Text("\n").join(lines)
 
 
 def in_terminal(block: Any) -> Any:
@@ -114,7 +149,7 @@ def in_terminal(block: Any) -> Any:
                 style = "green" if rho > 1.02 else "red" if rho < 0.98 else ""
                 line.append(piece, f"{style} underline" if beyond else style)
             return Group(Text(f"{label} (underlined: clipped)"), Padding(line, (0, 0, 0, 4)))
-        case Picture(pixels, _):
+        case Image(pixels, _):
             return half_blocks(pixels)
         case Code(functions):
             return Text("\n".join(f"→ {where(function)}" for function in functions), "cyan")
@@ -128,65 +163,14 @@ def show(story: list[Chapter], console: Console) -> None:
         if chapter.title:
             console.print(Panel(Text(chapter.title, "bold"), border_style="dim"))
         for block in chapter.blocks:
-            drawn = in_terminal(block)
-            if isinstance(block, Picture) and (console.no_color or not console.is_terminal):
-                drawn = Text(f"[{block.alt}]")
-            if drawn is not None:
-                console.print(drawn)
+            shown = in_terminal(block)
+            if isinstance(block, Image) and (console.no_color or not console.is_terminal):
+                shown = Text(f"[{block.alt}]")
+            if shown is not None:
+                console.print(shown)
                 console.print()
-
-
-_STYLE = """
-.formula { background: var(--card); border-left: 3px solid var(--accent); padding: 0.4rem 0.8rem; margin: 0.5rem 0;
-  font: 0.95em/1.6 ui-monospace, monospace; white-space: pre-wrap; }
-.formula small { display: block; color: var(--dim); }
-.tokens span { white-space: pre-wrap; border-radius: 3px; } .tokens .clipped { outline: 2px solid var(--accent); }
-.tokens { font: 0.95em/1.9 ui-monospace, monospace; }
-img.picture { width: 14rem; } details { margin: 0.3rem 0; } summary { color: var(--accent); cursor: pointer; }
-summary code { font-size: 0.9em; } body { max-width: 54rem; }
-"""
-
-
-def tinted(piece: str, ratio: float, is_clipped: bool) -> str:
-    """A token with a background as strong as its log-ratio."""
-    tone = "good" if ratio > 1 else "bad"
-    share = min(60.0, 150.0 * abs(np.log(ratio)))
-    frame = ' class="clipped"' if is_clipped else ""
-    colour = f"color-mix(in srgb, var(--{tone}) {share:.0f}%, transparent)"
-    return f'<span{frame} style="background: {colour}" title="ρ = {ratio:.4f}">{escape(piece)}</span>'
-
-
-def unfolded(function: Callable) -> str:
-    """Where a function stands, which opens to its code."""
-    code = inspect.getsource(inspect.unwrap(function))
-    return f"<details><summary><code>{escape(where(function))}</code></summary><pre>{escape(code)}</pre></details>"
-
-
-def on_page(block: Any) -> str:
-    """A block as HTML."""
-    match block:
-        case str():
-            return f"<p>{escape(block)}</p>"
-        case Formula(text, source):
-            source = f"<small>{escape(source)}</small>" if source else ""
-            return f'<div class="formula">{escape(text)}{source}</div>'
-        case Table(headings, rows):
-            return page.table(headings, rows)
-        case Tokens(label, pieces, ratio, clipped):
-            spans = "".join(map(tinted, pieces, ratio.tolist(), clipped.tolist()))
-            return f'<p>{escape(label)} <span class="dim">(framed: clipped)</span></p><p class="tokens">{spans}</p>'
-        case Picture(pixels, alt):
-            return page.picture(pixels, alt=alt)
-        case Code(functions):
-            return "".join(map(unfolded, functions))
-        case Plot(figure, alt):
-            return page.plot(figure, alt)
 
 
 def as_page(title: str, story: list[Chapter]) -> str:
     """The story as one self-contained HTML page."""
-    chapters = []
-    for chapter in story:
-        heading = f"<h2>{escape(chapter.title)}</h2>" if chapter.title else ""
-        chapters.append(f"<section>{heading}{''.join(map(on_page, chapter.blocks))}</section>")
-    return page.page(title, "\n".join(chapters), style=_STYLE)
+    return render("story.html", title=title, story=story)

@@ -1,7 +1,7 @@
-"""`train.py --plan`: would this run fit, and how fast could it be? Without weights, data or an accelerator.
+"""`train.py --plan`: would this run fit, and how fast could it be? It needs no weights, data or accelerator.
 
-Memory is the compiler's word for the programs of a step, compiled for the chips in question; seconds are arithmetic on
-published figures (`costs`). Where a run does not fit, smaller ones are compiled until one does.
+The memory is what the compiler reports for the programs of a step, compiled for the planned chips. The seconds are
+arithmetic on published figures (`costs`). If a run does not fit, smaller runs are compiled until one fits.
 """
 
 from collections.abc import Callable
@@ -13,31 +13,22 @@ from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 from rich.table import Table
 
+from gemma3.cache import device_memory
 from gemma3.config import Config
-from gemma3.mesh import DATA, TENSOR, check_mesh, make_mesh, topology_mesh
-from gemma3.sample import device_memory
+from gemma3.mesh import DATA, TENSOR, Model, make_mesh
+from grpo.plan import programs
 from grpo.plan.costs import CHIPS, Chip, caches_bytes, estimate, joined_bytes, update_flops
-from grpo.plan.programs import (
-    Job,
-    Memory,
-    State,
-    abstract_state,
-    gathers_once,
-    held,
-    measure,
-    optimizer_of,
-    programs,
-    state_bytes,
-)
-from grpo.run.settings import Settings, check_batch, loss_config, mesh_shape, model_config, resolve_defaults
+from grpo.run.cli import flag_name
+from grpo.run.devices import check_mesh, mesh_shape
+from grpo.run.settings import Settings, check_batch, loss_config, model_config, resolve_defaults
 
 LOCAL = ("cpu", "gpu")  # the devices that are here
 EXAMPLES = "v5e:2x4, v5e:16x16, v5p:2x2x1 or v6e:2x4 (or cpu or gpu, for the devices that are here)"
-MAX_TRIES = 6  # of smaller runs: each is compiled for minutes
+MAX_TRIES = 6  # of smaller runs: compiling each takes minutes
 
 
 def chip_of(name: str) -> Chip | None:
-    """The figures of what --plan names, None for the devices that are here; ValueError for what is neither."""
+    """The figures of the chip that --plan names, None for the devices that are here; ValueError for other names."""
     if name in LOCAL:
         return None
     chip, colon, _ = name.partition(":")
@@ -47,7 +38,7 @@ def chip_of(name: str) -> Chip | None:
 
 
 def choose_backend(settings: Settings) -> Settings:
-    """Keep jax from looking for an accelerator that is not asked for; a TPU's default is bfloat16."""
+    """Keep jax from looking for an accelerator that was not asked for; a TPU's default dtype is bfloat16."""
     if settings.plan not in LOCAL:
         settings = replace(settings, dtype=settings.dtype or "bfloat16")
     if settings.plan != "gpu":
@@ -57,47 +48,49 @@ def choose_backend(settings: Settings) -> Settings:
     return settings
 
 
-def make_job(settings: Settings, config: Config) -> Job:
-    """The run to be planned on the devices of --plan; ValueError for sizes that they cannot split."""
+def make_job(settings: Settings, config: Config) -> programs.Job:
+    """The run to be planned on the devices of --plan; ValueError for sizes that cannot be split over them."""
     chip, shape = chip_of(settings.plan), mesh_shape(settings.mesh)
-    mesh: Mesh = topology_mesh(settings.plan, *shape) if chip else make_mesh(*shape)
-    check_mesh(config, mesh)
+    mesh: Mesh = programs.topology_mesh(settings.plan, *shape) if chip else make_mesh(*shape)
+    model = Model(config, mesh)
+    check_mesh(model)
     check_batch(settings, mesh)
     loss_config(settings)
-    return Job(settings, config, mesh, chip.memory if chip else device_memory())
+    return programs.Job(settings, model, chip.memory if chip else device_memory())
 
 
 class Plan(NamedTuple):
-    """A run, and what of it has been compiled."""
+    """A run, and the memory of those of its programs that are compiled."""
 
-    job: Job
-    memory: dict[str, Memory]  # by program, in the order of a step
+    job: programs.Job
+    memory: dict[str, programs.Memory]  # by program, in the order of a step
 
     @property
     def too_large(self) -> set[str]:
         return {name for name, memory in self.memory.items() if not memory.fits(self.job.memory)}
 
 
-def compile_programs(console: Console, job: Job, known: dict[str, Memory], first: set[str] = frozenset()) -> Plan:
-    """Compile what is not `known`; where one of those in `first` is too large the others are left out."""
-    optimizer = optimizer_of(job.settings)
-    state = abstract_state(job, optimizer)
-    todo = {program.name: program for program in programs(job, state, optimizer)}
+def compile_programs(
+    console: Console, job: programs.Job, known: dict[str, programs.Memory], first: set[str] = frozenset()
+) -> Plan:
+    """Compile the programs that are not `known`, those in `first` first; if one of these is too large, skip others."""
+    state = programs.abstract_state(job)
+    todo = {program.name: program for program in programs.programs(job, state)}
     plan = Plan(job, {})
     for name in sorted(todo, key=lambda name: name not in first):
         if name not in known:
             console.print(f"compiling the program of {name} ...", style="dim")
-        plan.memory[name] = known[name] if name in known else measure(todo[name], state)
+        plan.memory[name] = known[name] if name in known else programs.measure(todo[name], state)
         if name in first and plan.too_large:
             break
     return plan._replace(memory={name: plan.memory[name] for name in todo if name in plan.memory})
 
 
 def _is_allowed(settings: Settings, config: Config) -> bool:
-    """Whether a mesh and a batch can be split, of devices that need not exist."""
+    """Whether the mesh can split the model and the batch. Its devices need not exist."""
     try:
         mesh = AbstractMesh(mesh_shape(settings.mesh), (DATA, TENSOR))
-        check_mesh(config, mesh)
+        check_mesh(Model(config, mesh))
         check_batch(settings, mesh)
     except ValueError:
         return False
@@ -105,19 +98,19 @@ def _is_allowed(settings: Settings, config: Config) -> bool:
 
 
 def smaller(plan: Plan, prompts: int) -> Settings | None:
-    """The next thing to try where a run does not fit, the mildest first; None where nothing is left.
+    """The next settings to try if a run does not fit, the mildest change first; None if nothing is left.
 
-    Fewer prompts at a time in the gradient change nothing but speed; then fewer prompts a step; then a longer tensor
-    axis, with as many `prompts` as asked for; then fewer completions of a prompt.
+    The first change is fewer prompts at a time in the gradient, which affects only speed; then fewer prompts a step;
+    then a longer tensor axis, with as many `prompts` as asked for; then fewer completions of a prompt.
     """
-    s, config = plan.job.settings, plan.job.config
+    s, config = plan.job.settings, plan.job.model.config
     data, tensor = mesh_shape(s.mesh)
-    micro_batch = check_batch(s, plan.job.mesh)
+    micro_batch = check_batch(s, plan.job.model.mesh)
     changes = []
-    if "update" in plan.too_large and micro_batch > 1:
+    if plan.too_large & programs.IN_MICRO_BATCHES and micro_batch > 1:
         divisors = [n for n in range(1, micro_batch) if s.prompts_per_step // data % n == 0]
         changes.append({"micro_batch": divisors[-1]})
-    if plan.too_large - {"update"}:
+    if plan.too_large - programs.IN_MICRO_BATCHES:
         changes.append({"prompts_per_step": s.prompts_per_step // 2, "micro_batch": 1})
     if data % 2 == 0:
         changes.append({"mesh": f"{data // 2},{2 * tensor}", "prompts_per_step": prompts})
@@ -128,14 +121,14 @@ def smaller(plan: Plan, prompts: int) -> Settings | None:
 
 
 def flags_of(settings: Settings, original: Settings) -> str:
-    """The flags in which `settings` differ."""
+    """The flags in which `settings` differ from `original`."""
     names = ("micro_batch", "prompts_per_step", "mesh", "num_generations")
     changed = [name for name in names if getattr(settings, name) != getattr(original, name)]
-    return " ".join(f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in changed)
+    return " ".join(f"{flag_name(name)} {getattr(settings, name)}" for name in changed)
 
 
 def find_fitting(console: Console, plan: Plan) -> Plan | None:
-    """Try smaller runs, one after another, until one fits: that one, or None."""
+    """Try smaller runs, one after another, until one fits; return it, or None."""
     original = plan.job.settings
     for _ in range(MAX_TRIES):
         settings = smaller(plan, original.prompts_per_step)
@@ -143,19 +136,19 @@ def find_fitting(console: Console, plan: Plan) -> Plan | None:
             return None
         console.print(f"trying {flags_of(settings, original)}", style="dim")
         same = replace(plan.job.settings, micro_batch=settings.micro_batch) == settings
-        known = {name: memory for name, memory in plan.memory.items() if same and name != "update"}
-        plan = compile_programs(console, make_job(settings, plan.job.config), known, first=plan.too_large)
+        known = {name: memory for name, memory in plan.memory.items() if same and name not in programs.IN_MICRO_BATCHES}
+        plan = compile_programs(console, make_job(settings, plan.job.model.config), known, first=plan.too_large)
         if not plan.too_large:
             return plan
     return None
 
 
 def unit_of(plan: Plan) -> tuple[str, int]:
-    """GiB, or for small models MiB."""
+    """The unit of memory to print, and its bytes: GiB, or MiB for small models."""
     return ("GiB", 2**30) if max(memory.peak for memory in plan.memory.values()) >= 2**30 else ("MiB", 2**20)
 
 
-def memory_table(plan: Plan, state: State) -> Table:
+def memory_table(plan: Plan, state: programs.State) -> Table:
     """What lies on one chip while each program runs."""
     job, s, (unit, size) = plan.job, plan.job.settings, unit_of(plan)
     caches = {"sampling": caches_bytes(job.work, *mesh_shape(s.mesh), job.dtype)}
@@ -165,18 +158,18 @@ def memory_table(plan: Plan, state: State) -> Table:
     for name in plan.memory:
         table.add_column(name, justify="right")
 
-    def row(what: str, bytes_in: Callable[[str, Memory], int]) -> None:
+    def row(what: str, bytes_in: Callable[[str, programs.Memory], int]) -> None:
         table.add_row(what, *(f"{bytes_in(name, memory) / size:.2f}" for name, memory in plan.memory.items()))
 
-    row("frozen weights", lambda *_: state_bytes(state.frozen))
-    row(f"{trained} and optimizer state", lambda *_: state_bytes((state.trainable, state.opt_state)))
+    row("frozen weights", lambda *_: programs.state_bytes(state.frozen))
+    row(f"{trained} and optimizer state", lambda *_: programs.state_bytes((state.trainable, state.opt_state)))
     if state.copy is not None:
-        row(f"{trained} in {s.dtype}", lambda name, _: state_bytes(held(state, name).copy))
+        row(f"{trained} in {s.dtype}", lambda name, _: programs.state_bytes(programs.held(state, name).copy))
     row("keys and values", lambda name, _: caches.get(name, 0))
     row("other temporaries", lambda name, memory: memory.temporaries - caches.get(name, 0))
     row(
         "prompts and completions",
-        lambda name, memory: memory.peak - memory.temporaries - state_bytes(held(state, name)),
+        lambda name, memory: memory.peak - memory.temporaries - programs.state_bytes(programs.held(state, name)),
     )
     row("in all", lambda _, memory: memory.peak)
     table.add_row("compiled in", *(f"{memory.seconds:.0f} s" for memory in plan.memory.values()))
@@ -184,28 +177,28 @@ def memory_table(plan: Plan, state: State) -> Table:
 
 
 def verdict(plan: Plan) -> str:
-    """A sentence on the worst of the programs."""
+    """A sentence on the program that needs the most memory."""
     name, worst = max(plan.memory.items(), key=lambda item: (item[1].refused, item[1].peak))
     unit, size = unit_of(plan)
     needed = f"{worst.peak / size:.2f}"
     if plan.job.memory is None:
-        return f"most is needed by {name}, {needed} {unit} a device; this backend does not say how much there is"
+        return f"{name} needs the most memory, {needed} {unit} a device; this backend does not say how much there is"
     needed += f" of {plan.job.memory / size:.2f} {unit} a chip"
     if worst.refused:
         return f"does not fit: the compiler refused {name}, which needs {needed}"
-    return f"{'does not fit' if plan.too_large else 'fits'}: most is needed by {name}, {needed}"
+    return f"{'does not fit' if plan.too_large else 'fits'}: {name} needs the most memory, {needed}"
 
 
 def speed(plan: Plan) -> str:
-    """The least seconds of a step, and what they assume."""
+    """A sentence on the least seconds of a step, and on what they assume."""
     job, s, chip = plan.job, plan.job.settings, chip_of(plan.job.settings.plan)
     data, tensor = mesh_shape(s.mesh)
     lengths = (
         f"all prompts {s.max_prompt_length} and all completions {s.max_completion_length} tokens long, "
-        f"pictures a prompt: {job.work.pictures}"
+        f"images a prompt: {job.work.images}"
     )
     if chip is None:
-        token = joined_bytes(job.config, tensor, job.dtype) + caches_bytes(job.work, data, tensor, job.dtype)
+        token = joined_bytes(job.model.config, tensor, job.dtype) + caches_bytes(job.work, data, tensor, job.dtype)
         flops = update_flops(job.work) / data / tensor
         return (
             f"a step reads {token / 1e9:.4f} GB a device for each of {s.max_completion_length} tokens, and its update "
@@ -216,10 +209,10 @@ def speed(plan: Plan) -> str:
         chip,
         (data, tensor),
         job.dtype,
-        micro_batch=check_batch(s, job.mesh),
-        gather_once=gathers_once(job)[0],
+        micro_batch=check_batch(s, job.model.mesh),
+        gather_once=programs.gathers_once(job)[0],
         num_iterations=s.num_iterations,
-        scored=(s.num_iterations > 1) + (s.beta > 0),
+        num_logps=(s.num_iterations > 1) + (s.beta > 0),
     )
     if s.objective == "sft":
         seconds = seconds._replace(sampling=0.0)
@@ -232,11 +225,11 @@ def speed(plan: Plan) -> str:
 
 
 def show(console: Console, plan: Plan) -> None:
-    """The table of a plan and what it means, in sentences."""
-    console.print(memory_table(plan, abstract_state(plan.job, optimizer_of(plan.job.settings))))
+    """Print the table of a plan, and what it means in sentences."""
+    console.print(memory_table(plan, programs.abstract_state(plan.job)))
     sentences = [verdict(plan), speed(plan)]
     if plan.job.settings.objective == "grpo":
-        sentences.insert(1, gathers_once(plan.job)[1])
+        sentences.insert(1, programs.gathers_once(plan.job)[1])
     for sentence in sentences:
         console.print(f"* {sentence}.", highlight=False)
 
@@ -249,7 +242,7 @@ def print_plan(settings: Settings) -> None:
     console = Console(width=118)
     chip_of(settings.plan)
     if settings.plan not in LOCAL:
-        # What was compiled for chips that are not here cannot be read back from the cache, and each try would warn.
+        # A program for chips that are not here cannot be read back from the cache, and each try would print a warning.
         jax.config.update("jax_enable_compilation_cache", False)
     settings = resolve_defaults(choose_backend(settings))
     config = model_config(settings.model)

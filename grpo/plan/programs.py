@@ -1,31 +1,66 @@
-"""The programs of a step, for shapes instead of arrays: nothing is allocated, and they are compiled, not run.
+"""The programs of a step, with shapes in place of arrays: they are compiled but not run, and nothing is allocated.
 
-They are the very functions that `step` calls, `encode`, `sample` and `update`, with the arguments that it gives them.
+They are the very functions that a step calls, and get the same arguments.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec as Spec
 
+from gemma3.cache import choose_gather, decoding_bytes
 from gemma3.config import Config
 from gemma3.image import MAX_CROPS
-from gemma3.lora import Lora, LoraConfig, init_lora
-from gemma3.mesh import DATA, shardings
-from gemma3.model import Params, param_shapes
-from gemma3.sample import Prompts, Sampling, choose_gather, decoding_bytes, encode, sample
+from gemma3.lora import Policy, init_lora
+from gemma3.mesh import DATA, TENSOR, Model
+from gemma3.params import Params, param_shapes
+from gemma3.sample import PromptBatch, sample
 from grpo.algorithm import LossBatch
 from grpo.plan.costs import Work, device_bytes
-from grpo.run.settings import Settings, check_batch, loss_config
-from grpo.update import Trainable, make_optimizer, make_schedule, policy, update
+from grpo.rollout import encode_on_mesh
+from grpo.run.settings import Settings, lora_config
+from grpo.run.setup import make_learner, split_weights
+from grpo.update import Learner, Trainable, TrainState, completion_logps, policy_of, update
+
+
+def topology_mesh(topology: str, data: int, tensor: int) -> Mesh:
+    """A `data` by `tensor` mesh of TPU chips that need not exist, such as "v5e:2x4": to compile for, not to run on.
+
+    ValueError if `libtpu` is not installed or does not know the topology, or if the topology has another size. On a
+    machine without a TPU, JAX_PLATFORMS=cpu keeps jax from looking for one.
+    """
+    if find_spec("libtpu") is None:
+        raise ValueError(f"compiling for {topology} needs the TPU's compiler; pip install libtpu")
+    # Without these libtpu would look for a machine with TPUs, complain that it finds none, and serve one process only.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # A v4 chip is one device in every run, though it has two cores.
+    whole_chips = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **whole_chips).devices
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise ValueError(
+            f"{topology} is no topology of TPU chips; name one such as v5e:2x4, v5e:16x16, v5p:2x2x1 or v6e:2x4"
+        ) from error
+    if data * tensor != len(devices):
+        raise ValueError(f"--mesh {data},{tensor} needs {data * tensor} devices and {topology} has {len(devices)}")
+    return Mesh(np.array(devices).reshape(data, tensor), (DATA, TENSOR))
 
 
 class State(NamedTuple):
@@ -34,17 +69,17 @@ class State(NamedTuple):
     trainable: Trainable
     opt_state: optax.OptState
     frozen: Params
-    copy: Params | None  # weights that are trained in float32, again in the dtype that they compute in
+    copy: Params | None  # whole weights trained in float32, copied to the dtype that they compute in
 
     @property
-    def policy(self) -> tuple[Params, Lora | None]:
+    def policy(self) -> Policy:
         if self.copy is None:
-            return self.frozen, self.trainable
-        return Params(self.copy.text, self.copy.vision or self.frozen.vision), None
+            return Policy(self.frozen, self.trainable)
+        return Policy(Params(self.copy.text, self.copy.vision or self.frozen.vision))
 
 
 def held(state: State, program: str) -> State:
-    """What of the state there is while a program of this name runs: the update copies the weights that it trains."""
+    """The state that lies on the devices while this program runs: the update makes its copy of the weights itself."""
     return state._replace(copy=None) if program == "update" else state
 
 
@@ -53,172 +88,169 @@ class Job:
     """A run to be planned."""
 
     settings: Settings
-    config: Config
-    mesh: Mesh
+    model: Model
     memory: int | None  # bytes of a device, where they are known
+
+    @cached_property
+    def learner(self) -> Learner:
+        return make_learner(self.settings, self.model)
 
     @property
     def work(self) -> Work:
-        s = self.settings
-        group = 1 if s.objective == "sft" else s.num_generations
-        return Work(
-            *(self.config, s.prompts_per_step, group, s.max_prompt_length, s.max_completion_length),
-            pictures=pictures(s, self.config),
-            lora=lora_config(s),
-        )
+        s, config = self.settings, self.model.config
+        sizes = (s.prompts_per_step, s.max_prompt_length, s.sampling, images(s, config))
+        return Work(config, *sizes, lora_config(s), s.train_vision)
 
     @property
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.settings.dtype)
 
-    def placed(self, tree):
-        """Shapes with the shardings of parameters."""
-        where = shardings(tree, self.config, self.mesh)
+    def on_mesh(self, tree):
+        """Shapes of weights with their shardings."""
+        where = self.model.shardings(tree)
         return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, where)
 
     def rows(self, *shape: int, dtype) -> jax.ShapeDtypeStruct:
-        """An array with a row for each prompt."""
-        split = NamedSharding(self.mesh, P(DATA))
-        return jax.ShapeDtypeStruct((self.work.prompts, *shape), dtype, sharding=split)
+        """The shape of an array with a row for each prompt."""
+        split = NamedSharding(self.model.mesh, Spec(DATA))
+        return jax.ShapeDtypeStruct((self.settings.prompts_per_step, *shape), dtype, sharding=split)
+
+    def tokens(self, dtype) -> jax.ShapeDtypeStruct:
+        """The shape of an array with a number for each token of the completions."""
+        return self.rows(
+            self.settings.sampling.num_generations, self.settings.sampling.max_completion_length, dtype=dtype
+        )
 
 
-def pictures(settings: Settings, config: Config) -> int:
-    """The most pictures of a prompt: one, or as many as pan-and-scan makes and the prompt has room for."""
+def images(settings: Settings, config: Config) -> int:
+    """The most images of a prompt: one, or as many as pan-and-scan makes and the prompt has room for."""
     if config.vision is None or settings.data == "gsm8k":
         return 0
     room = settings.max_prompt_length // config.vision.tokens_per_image
     return min(room, 1 + MAX_CROPS) if settings.pan_and_scan else 1
 
 
-def lora_config(settings: Settings) -> LoraConfig | None:
-    s = settings
-    return LoraConfig(s.lora_r, s.lora_alpha, s.lora_rslora, s.lora_targets, s.lora_vision) if s.lora_r else None
-
-
-def optimizer_of(settings: Settings) -> optax.GradientTransformation:
-    steps = settings.steps * settings.num_iterations
-    schedule = {"warmup_steps": settings.warmup_steps, "schedule": settings.lr_scheduler}
-    return make_optimizer(
-        make_schedule(settings.learning_rate, steps, **schedule),
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.max_grad_norm,
-    )
-
-
-def abstract_state(job: Job, optimizer: optax.GradientTransformation) -> State:
-    """The state of a run before its first step."""
-    s, lora, params = job.settings, job.work.lora, job.placed(param_shapes(job.config, job.dtype))
-    if lora:
-        init = partial(init_lora, config=job.config, lora=lora)
-        trainable, frozen = job.placed(jax.eval_shape(init, jax.random.key(s.seed))), params
+def abstract_state(job: Job) -> State:
+    """The state of a run before its first step, as shapes."""
+    s, config, lora = job.settings, job.model.config, lora_config(job.settings)
+    params, copy = job.on_mesh(param_shapes(config, job.dtype)), None
+    if lora is not None:
+        init = partial(init_lora, config=config, lora=lora)
+        trainable, frozen = job.on_mesh(jax.eval_shape(init, jax.random.key(s.seed))), params
     else:
-        master = param_shapes(job.config, jnp.float32)
-        trainable = job.placed(master if s.train_vision else master.text)
-        frozen = params if s.beta else Params(None, None if s.train_vision else params.vision)
-    opt_state = job.placed(jax.eval_shape(optimizer.init, trainable))
-    computing = jax.eval_shape(lambda weights: policy(weights, Params(None, None), job.dtype)[0], trainable)
-    return State(trainable, opt_state, frozen, None if lora else job.placed(computing))
+        trainable = job.on_mesh(split_weights(s, param_shapes(config, jnp.float32))[0])
+        frozen = split_weights(s, params)[1]
+        computing = jax.eval_shape(lambda weights: policy_of(weights, Params(None, None), job.dtype).params, trainable)
+        copy = job.on_mesh(computing)
+    opt_state = job.on_mesh(jax.eval_shape(job.learner.optimizer.init, trainable))
+    return State(trainable, opt_state, frozen, copy)
+
+
+# The programs that take the prompts a few at a time.
+IN_MICRO_BATCHES = frozenset(("old log-probs", "reference", "update"))
 
 
 class Program(NamedTuple):
-    """One function of a step, and what it is called with."""
+    """One function of a step, and its arguments."""
 
     name: str
     function: Callable  # jitted
     arguments: tuple
     static: dict[str, Any]
-    uses: Any  # what it reads of the state; the rest of the state lies beside it
+    uses: Any  # the part of the state that it reads; the rest lies beside it
 
 
 def _pixels(job: Job) -> jax.ShapeDtypeStruct | None:
-    side = job.config.vision.image_size if job.work.pictures else 0
-    return job.rows(job.work.pictures, side, side, 3, dtype=jnp.uint8) if side else None
+    side = job.model.config.vision.image_size if job.work.images else 0
+    return job.rows(job.work.images, side, side, 3, dtype=jnp.uint8) if side else None
 
 
-def _prompts(job: Job, *, pixels: bool) -> Prompts:
-    w, config = job.work, job.config
-    soft = None
-    if w.pictures:
-        soft = job.rows(w.pictures, config.vision.tokens_per_image, config.hidden_size, dtype=job.dtype)
+def _prompts(job: Job, *, pixels: bool) -> PromptBatch:
+    w, config, soft = job.work, job.model.config, None
+    if w.images:
+        soft = job.rows(w.images, config.vision.tokens_per_image, config.hidden_size, dtype=job.dtype)
     ids, index = job.rows(w.prompt_length, dtype=jnp.int32), job.rows(dtype=jnp.int32)
-    return Prompts(ids, soft, index, _pixels(job) if pixels else None)
+    return PromptBatch(ids, soft, index, _pixels(job) if pixels else None)
+
+
+def _trains_tower(settings: Settings) -> bool:
+    return settings.train_vision or settings.lora_vision
 
 
 def encode_program(job: Job, state: State) -> Program:
-    params, lora = state.policy
-    static = {"config": job.config, "mesh": job.mesh}
-    return Program("pictures", encode, (params, _pixels(job), lora), static, (params.vision, lora and lora.vision))
+    (params, lora), static = state.policy, {"model": job.model}
+    uses = (params.vision, lora and lora.vision)
+    return Program("images", encode_on_mesh, (state.policy, _pixels(job)), static, uses)
 
 
 def gathers_once(job: Job) -> tuple[bool, str]:
-    """How the sampler will hold the weights, by the rule that a run goes by."""
-    w = job.work
-    sizes = {"prompts": w.prompts, "group": w.group, "prompt_length": w.prompt_length, "length": w.length}
-    needed = decoding_bytes(param_shapes(job.config, job.dtype), config=job.config, mesh=job.mesh, **sizes)
-    return choose_gather(needed, job.memory)
+    """How the sampler will hold the weights, by the same rule as in a run, and a sentence about it."""
+    sizes = (job.work.num_prompts, job.work.prompt_length, job.settings.sampling)
+    return choose_gather(decoding_bytes(param_shapes(job.model.config, job.dtype), job.model, *sizes), job.memory)
 
 
 def sample_program(job: Job, state: State) -> Program:
-    s, (params, lora) = job.settings, state.policy
     static = {
-        "config": job.config,
-        "mesh": job.mesh,
-        "num_generations": s.num_generations,
-        "max_completion_length": s.max_completion_length,
-        "sampling": Sampling(s.temperature, s.top_k, s.top_p),
+        "model": job.model,
+        "sampling": job.settings.sampling,
         "gather_once": gathers_once(job)[0],
         "on_token": None,
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
-    allowed = jax.ShapeDtypeStruct((job.config.vocab_size,), jnp.bool_)
-    arguments = (params, lora, _prompts(job, pixels=False), key, allowed)
+    allowed = jax.ShapeDtypeStruct((job.model.config.vocab_size,), jnp.bool_)
+    params, lora = state.policy
+    arguments = (state.policy, _prompts(job, pixels=False), key, allowed)
     return Program("sampling", sample, arguments, static, (params.text, lora and lora.blocks))
 
 
-def update_program(job: Job, state: State, optimizer: optax.GradientTransformation) -> Program:
-    s, w = job.settings, job.work
-    tokens = lambda dtype: job.rows(w.group, w.length, dtype=dtype)  # noqa: E731
-    supervised = s.objective == "sft"
+def logps_program(job: Job, policy: Policy, name: str) -> Program:
+    """The program for the log-probs of the old policy, or of the reference."""
+    learner, tower, (params, lora) = job.learner, _trains_tower(job.settings), policy
+    static = {"model": job.model, "temperature": learner.temperature, "micro_batch": learner.micro_batch}
+    arguments = (policy, _prompts(job, pixels=tower), job.tokens(jnp.int32))
+    uses = (params, lora) if tower else (params.text, lora and lora.blocks)
+    return Program(name, completion_logps, arguments, static, uses)
+
+
+def update_program(job: Job, state: State) -> Program:
+    s, tower, supervised = job.settings, _trains_tower(job.settings), job.settings.objective == "sft"
     batch = LossBatch(
-        advantages=job.rows(w.group, dtype=jnp.float32),
-        completion_mask=tokens(jnp.bool_),
-        weights=tokens(jnp.float32),
-        old_logps=tokens(jnp.float32) if s.num_iterations > 1 and not supervised else None,
-        ref_logps=tokens(jnp.float32) if s.beta and not supervised else None,
-        sampler_logps=None if supervised else tokens(jnp.float32),
+        advantages=job.rows(job.settings.sampling.num_generations, dtype=jnp.float32),
+        completion_mask=job.tokens(jnp.bool_),
+        token_weights=job.tokens(jnp.float32),
+        old_logps=job.tokens(jnp.float32) if s.num_iterations > 1 and not supervised else None,
+        ref_logps=job.tokens(jnp.float32) if s.beta and not supervised else None,
+        sampler_logps=None if supervised else job.tokens(jnp.float32),
     )
-    trains_tower = s.train_vision or s.lora_vision
-    arguments = (*state[:3], _prompts(job, pixels=trains_tower), tokens(jnp.int32), batch)
-    static = {
-        "optimizer": optimizer,
-        "config": job.config,
-        "mesh": job.mesh,
-        "dtype": job.dtype,
-        "loss": loss_config(s),
-        "temperature": s.temperature,
-        "micro_batch": check_batch(s, job.mesh),
-    }
-    frozen = (state.frozen.text, state.frozen.vision if trains_tower else None) if s.lora_r else None
-    return Program("update", update, arguments, static, (state.trainable, state.opt_state, frozen))
+    train_state = TrainState(state.trainable, state.opt_state)
+    arguments = (train_state, state.frozen, _prompts(job, pixels=tower), job.tokens(jnp.int32), batch)
+    frozen = (state.frozen.text, state.frozen.vision if tower else None) if s.lora_r else None
+    return Program("update", update, arguments, {"learner": job.learner}, (train_state, frozen))
 
 
-def programs(job: Job, state: State, optimizer: optax.GradientTransformation) -> list[Program]:
-    """Those of a step, in its order."""
-    drawn = [] if job.settings.objective == "sft" else [sample_program(job, state)]
-    seen = [encode_program(job, state)] if job.work.pictures else []
-    return [*seen, *drawn, update_program(job, state, optimizer)]
+def programs(job: Job, state: State) -> list[Program]:
+    """The programs of a step, in its order."""
+    s, found = job.settings, []
+    if job.work.images:
+        found.append(encode_program(job, state))
+    if s.objective == "grpo":
+        found.append(sample_program(job, state))
+        if s.num_iterations > 1:
+            found.append(logps_program(job, state.policy, "old log-probs"))
+        if s.beta:
+            found.append(logps_program(job, Policy(state.frozen), "reference"))
+    return [*found, update_program(job, state)]
 
 
 class Memory(NamedTuple):
-    """Bytes of one program on one chip, as its compiler lays it out."""
+    """Bytes that one program needs on one chip, as the compiler lays it out."""
 
     beside: int  # the state that it does not read
     arguments: int
     temporaries: int
-    results: int  # those that do not take the place of arguments
+    results: int  # results that do not take the place of arguments
     seconds: float  # to compile
-    refused: bool  # the compiler found no room; `temporaries` is then what it says that it needs
+    refused: bool  # the compiler found no room; `temporaries` then holds the bytes that it asked for
 
     @property
     def peak(self) -> int:
@@ -233,7 +265,7 @@ def state_bytes(tree) -> int:
 
 
 def _needed(error: str) -> int:
-    """The bytes that a compiler out of memory says that it needs."""
+    """The bytes that the compiler asked for, from its error when it is out of memory."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds", error)
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]) if found else 0
 

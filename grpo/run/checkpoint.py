@@ -1,10 +1,10 @@
 """Saving a run and continuing it exactly: trained weights, optimizer state, and whatever else the loop needs.
 
-    RUN/checkpoints/00000020/adapter/    a PEFT directory, or model/, a Hugging Face one, if all weights are trained
+    RUN/checkpoints/00000020/adapter/    a PEFT directory; without an adapter, model/: a Hugging Face directory
     RUN/checkpoints/00000020/state/      arrays.safetensors (optimizer), state.msgpack (the rest), SHA256SUMS
     RUN/adapter                          a link to the newest adapter/, or RUN/model
 
-A checkpoint is written under a hidden name and renamed when it is on the disk, so one with a number is whole.
+A checkpoint is written under a hidden name and renamed when it is on the disk. So a numbered one is complete.
 """
 
 import hashlib
@@ -19,8 +19,6 @@ import jax
 import msgpack
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -28,13 +26,13 @@ from gemma3.config import Config
 from gemma3.files.adapter import load_adapter, save_adapter
 from gemma3.files.hub import files_beside_weights
 from gemma3.files.weights import load_checkpoint, save_checkpoint
-from gemma3.lora import Lora
-from gemma3.model import Params
-from gemma3.vision import Vision
+from gemma3.lora import VISION_TARGETS, Lora
+from gemma3.mesh import Model
+from gemma3.params import Params, Vision
 from grpo.run.processes import is_first, to_first
-from grpo.update import Trainable
+from grpo.update import Trainable, TrainState
 
-FORMAT = 1  # of state/; raised by a change that older code could not read
+FORMAT = 1  # of state/; raise it for a change that older code cannot read
 
 
 def _folder(run: Path) -> Path:
@@ -47,30 +45,23 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"\d{8,}", name))
 
 
-def _weights_name(trainable: Trainable) -> str:
-    return "adapter" if isinstance(trainable, Lora) else "model"
-
-
 def _describe(trainable: Trainable) -> str:
-    """What is trained, in words that differ wherever the arrays cannot be exchanged."""
+    """What is trained, in words. Trainings that could not exchange their arrays get different words."""
     if not isinstance(trainable, Lora):
         return "language model and vision tower" if isinstance(trainable, Params) else "the language model"
-    pairs = {name: pair for name, pair in trainable.blocks._asdict().items() if pair is not None}
-    rank = next(iter(pairs.values())).b.shape[1]
-    adapted = ", ".join(pairs)
-    if trainable.vision is not None:
-        vision = [name for name, pair in trainable.vision._asdict().items() if pair is not None]
-        adapted += f" and the vision tower's {', '.join(vision)}"
-    return f"a LoRA adapter of rank {rank} and scale {trainable.scale:g} on {adapted}"
+    vision = [name for name in trainable.pairs if name in VISION_TARGETS]
+    adapted = ", ".join(name for name in trainable.pairs if name not in vision)
+    adapted += f" and the vision tower's {', '.join(vision)}" if vision else ""
+    return f"a LoRA adapter of rank {trainable.r} and scale {trainable.scale:g} on {adapted}"
 
 
 def _model(config: Config) -> dict:
-    """The config as msgpack gives it back."""
+    """The config as msgpack will give it back: with lists for tuples."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def _named(tree) -> dict[str, jax.Array]:
-    """Leaves by their path, "1.0.mu.blocks.q.a"."""
+    """The leaves of a pytree by their path, such as "1.0.mu.blocks.q.a"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -90,7 +81,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_checksums(directory: Path) -> None:
-    """Write state/SHA256SUMS in the format of `sha256sum -c`, which checks it from within the checkpoint."""
+    """Write state/SHA256SUMS. `sha256sum -c state/SHA256SUMS`, run in the checkpoint's directory, checks it."""
     lines = [f"{_sha256(path)}  {path.relative_to(directory)}\n" for path in _files(directory)]
     (directory / "state" / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
@@ -105,7 +96,7 @@ def _sync(path: Path) -> None:
 
 
 def _link(run: Path, target: Path) -> None:
-    """Let RUN/adapter or RUN/model point at `target`; at every moment the name leads somewhere."""
+    """Point RUN/adapter or RUN/model at `target`, in one atomic step."""
     name, new = run / target.name, run / f".{target.name}.new"
     new.unlink(missing_ok=True)
     new.symlink_to(target.relative_to(run))
@@ -137,16 +128,10 @@ def _write_state(directory: Path, opt_state: optax.OptState, content: dict) -> N
     (state / "state.msgpack").write_bytes(msgpack.packb({"format": FORMAT, "arrays": _layout(opt_state), **content}))
 
 
-def _sync_tree(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        _sync(path)
-
-
 def save(
     run: Path,
     step: int,
-    trainable: Trainable,
-    opt_state: optax.OptState,
+    state: TrainState,
     *,
     config: Config,
     frozen_vision: Vision | None,
@@ -157,20 +142,20 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step`, point RUN/adapter or RUN/model at it, and return its directory.
 
-    A crash at any moment leaves the earlier checkpoints, and the link, as they were. What was saved after `step`, by a
-    run that has since been continued from an earlier one, goes, and so do all but the `keep` newest and what a crash
-    left behind. Every process calls this, and the first one writes.
+    A crash at any moment leaves the earlier checkpoints and the link as they were. Saving deletes the checkpoints of
+    later steps, which exist if the run was continued from an earlier one, all but the `keep` newest ones, and what a
+    crash left behind. Every process calls this function, and the first one writes.
 
-    frozen_vision: the tower that makes a whole model of a trained `Text`, else None; base_model: the name or directory
-    of the model trained, from which a whole model takes its tokenizer; extra: what msgpack can hold; rslora: how the
-    adapter's file states its scale. ValueError for a `keep` below 1.
+    frozen_vision: the vision tower to save with a trained `Text`, else None; base_model: name or directory of the model
+    that was trained, whose tokenizer is saved with whole weights; extra: anything that msgpack can hold; rslora: how
+    the adapter's file states its scale. ValueError for a `keep` below 1.
     """
     if keep < 1:
         raise ValueError(f"--keep {keep}: at least 1 checkpoint must stay")
     run, folder = Path(run), _folder(run)
     target = folder / f"{step:08}"
-    whole = not isinstance(trainable, Lora | Params)
-    trainable, opt_state, frozen_vision = to_first((trainable, opt_state, frozen_vision if whole else None))
+    whole = not isinstance(state.trainable, Lora | Params)
+    (trainable, opt_state), frozen_vision = to_first((state, frozen_vision if whole else None))
     if not is_first():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +174,8 @@ def save(
         _write_weights(new, trainable, config, frozen_vision, base_model, rslora)
         _write_state(new, opt_state, content)
         _write_checksums(new)
-        _sync_tree(new)
+        for path in (*new.rglob("*"), new):
+            _sync(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -198,7 +184,7 @@ def save(
         target.rename(replaced)
     new.rename(target)
     _sync(folder)
-    _link(run, target / _weights_name(trainable))
+    _link(run, target / ("adapter" if isinstance(trainable, Lora) else "model"))
     _sync(run)
     shutil.rmtree(replaced, ignore_errors=True)
     history = steps(run)
@@ -209,7 +195,7 @@ def save(
 
 
 def _check_files(directory: Path) -> None:
-    """ValueError naming the first file that is missing or not as it was written."""
+    """Raise a ValueError that names the first file that is missing or not as it was written."""
     sums = directory / "state" / "SHA256SUMS"
     if not sums.is_file():
         raise ValueError(f"{sums} is missing")
@@ -232,8 +218,8 @@ def _different(theirs: dict, ours: dict) -> str | None:
     return None
 
 
-def _check(directory: Path, trainable: Trainable, opt_state: optax.OptState, config: Config) -> dict:
-    """The content of state.msgpack; ValueError for a checkpoint that is damaged, or not of this model and training."""
+def _check(directory: Path, template: TrainState, config: Config) -> dict:
+    """The content of state.msgpack; ValueError if the checkpoint is damaged or of another model or training."""
     _check_files(directory)
     path = directory / "state" / "state.msgpack"
     try:
@@ -245,46 +231,35 @@ def _check(directory: Path, trainable: Trainable, opt_state: optax.OptState, con
         raise ValueError(f"{path} has format {version!r}, and this version reads format {FORMAT}")
     if difference := _different(content["config"], _model(config)):
         raise ValueError(f"{directory} is of another model: {difference}")
-    if content["trained"] != _describe(trainable):
-        raise ValueError(f"{directory} holds {content['trained']}, and this run trains {_describe(trainable)}")
-    if difference := _different(content["arrays"], _layout(opt_state)):
+    if content["trained"] != (ours := _describe(template.trainable)):
+        raise ValueError(f"{directory} holds {content['trained']}, and this run trains {ours}")
+    if difference := _different(content["arrays"], _layout(template.opt_state)):
         raise ValueError(f"{directory / 'state' / 'arrays.safetensors'} is of another optimizer: {difference}")
     return content
 
 
-def _advice(run: Path, bad: int, trainable: Trainable, opt_state: optax.OptState, config: Config) -> str:
-    """What to do about a checkpoint that cannot be used: the newest other one that can."""
+def _advice(run: Path, bad: int, template: TrainState, config: Config) -> str:
+    """What to do about a checkpoint that cannot be used: continue from the newest other one that can."""
     for step in reversed(steps(run)):
         try:
             if step != bad:
-                _check(_folder(run) / f"{step:08}", trainable, opt_state, config)
+                _check(_folder(run) / f"{step:08}", template, config)
                 return f"step {step} is good: continue from it with --resume {run} --resume-step {step}"
         except ValueError:
             continue
     return f"no other checkpoint in {run} could be used in its place"
 
 
-def _put(array: np.ndarray, like: jax.Array, mesh: Mesh) -> jax.Array:
-    # What a fresh optimizer state holds beside the mesh, such as its step count, may follow any mesh; a restored array
-    # would stay on its one device.
-    sharding = like.sharding if isinstance(like.sharding, NamedSharding) else NamedSharding(mesh, P())
-    return jax.make_array_from_callback(like.shape, sharding, lambda index: array[index])
+def _put(array: np.ndarray, like: jax.Array) -> jax.Array:
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
 
 
-def restore(
-    run: Path,
-    trainable_template: Trainable,
-    opt_state_template: optax.OptState,
-    *,
-    config: Config,
-    mesh: Mesh,
-    step: int | None = None,
-) -> tuple[Trainable, optax.OptState, dict, int]:
-    """What `save` was given at `step`, or at the newest one: (trainable, opt_state, extra, step), bit for bit.
+def restore(run: Path, template: TrainState, *, model: Model, step: int | None = None) -> tuple[TrainState, dict, int]:
+    """What `save` was given at `step`, or at the newest step: (state, extra, step), bit for bit.
 
-    The templates are those of a fresh start, arrays on `mesh`; each array comes back in the dtype and with the sharding
-    of its template. ValueError naming the file and what is wrong with it for a checkpoint that is damaged, or of
-    another model, adapter or optimizer; it ends with the newest other checkpoint that could be used.
+    template: the state of a fresh start, its arrays on the mesh; each array gets the dtype and the sharding of its
+    template. ValueError for a checkpoint that is damaged, or of another model, adapter or optimizer: it names the file,
+    what is wrong with it, and the newest other checkpoint that could be used.
     """
     run, saved = Path(run), steps(run)
     if not saved:
@@ -294,19 +269,18 @@ def restore(
         raise ValueError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, saved))}")
     directory = _folder(run) / f"{step:08}"
     try:
-        content = _check(directory, trainable_template, opt_state_template, config)
-        if isinstance(trainable_template, Lora):
-            trainable = load_adapter(directory / "adapter", config, mesh)
+        content = _check(directory, template, model.config)
+        if isinstance(template.trainable, Lora):
+            trainable = load_adapter(directory / "adapter", model.config, model.mesh)
         else:
-            params = load_checkpoint(directory / "model", mesh=mesh)[1]
-            trainable = params if isinstance(trainable_template, Params) else params.text
+            params = load_checkpoint(directory / "model", mesh=model.mesh)[1]
+            trainable = params if isinstance(template.trainable, Params) else params.text
     except ValueError as error:
-        advice = _advice(run, step, trainable_template, opt_state_template, config)
-        raise ValueError(f"{error}; {advice}") from error
-    # Into the template's own tree: the file states alpha, and alpha / r may differ from the scale by a rounding.
-    structure = jax.tree.structure(trainable_template)
-    trainable = jax.tree.unflatten(structure, jax.tree.leaves(trainable))
-    trainable = jax.device_put(trainable, jax.tree.map(lambda like: like.sharding, trainable_template))
+        raise ValueError(f"{error}; {_advice(run, step, template, model.config)}") from error
+    # The tree is the template's, with its exact scale: the file states alpha, and alpha / r may be off by a rounding.
+    trainable = jax.tree.unflatten(jax.tree.structure(template.trainable), jax.tree.leaves(trainable))
+    trainable = jax.device_put(trainable, jax.tree.map(lambda like: like.sharding, template.trainable))
+    likes, structure = _named(template.opt_state), jax.tree.structure(template.opt_state)
     with safe_open(directory / "state" / "arrays.safetensors", framework="numpy") as file:
-        arrays = [_put(file.get_tensor(name), like, mesh) for name, like in _named(opt_state_template).items()]
-    return trainable, jax.tree.unflatten(jax.tree.structure(opt_state_template), arrays), content["extra"], step
+        arrays = [_put(file.get_tensor(name), like) for name, like in likes.items()]
+    return TrainState(trainable, jax.tree.unflatten(structure, arrays)), content["extra"], step

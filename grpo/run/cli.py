@@ -1,16 +1,17 @@
-"""Command lines made of a frozen dataclass: one flag a field, defaults from a TOML file, bad input in one sentence.
+"""A command line made from a frozen dataclass: a flag per field, defaults from a TOML file, bad input in one sentence.
 
-Rests on argparse, which prints the help, and on nothing else of the project.
+Built on argparse, which prints the help. It imports nothing else of the project.
 """
 
 import argparse
 import difflib
+import math
 import shutil
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import field, fields, replace
+from dataclasses import Field, field, fields, replace
 from linecache import getline
 from pathlib import Path
 from types import NoneType
@@ -20,7 +21,7 @@ Settings = TypeVar("Settings")
 
 _PROJECT = Path(__file__).resolve().parents[2]
 
-# The types a field may have: how --help writes a value, and how an error says what was expected.
+# For each type that a field may have: how --help writes a value, and how an error says what was expected.
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH", tuple: "A,B"}
 _EXPECTED = {
     bool: "true or false",
@@ -32,13 +33,23 @@ _EXPECTED = {
 }
 
 
-def flag(default: Any, help: str, group: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a settings dataclass: its default, its line in --help and the topic under which it stands there."""
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+def flag(default, help: str, choices: Sequence[str] | None = None, *, topic: str = "", least: float | None = None):
+    """A field of a settings dataclass: its default, its line in --help, its choices, the topic in --help that begins
+    with it, and the least that a number may be.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "topic": topic, "least": least})
+
+
+def topics(settings_class: type) -> Iterator[tuple[str, Field]]:
+    """Each field with its topic."""
+    topic = ""
+    for entry in fields(settings_class):
+        topic = entry.metadata["topic"] or topic
+        yield topic, entry
 
 
 def fail(message: str) -> NoReturn:
-    """End the program as bad input should: the sentence on stderr, exit code 2."""
+    """End the program because of bad input: print the sentence on stderr, exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -55,10 +66,10 @@ def _says_what_is_wrong(error: Exception) -> bool:
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """Around main(): a ValueError raised by the project, which is how it refuses bad input, ends the program by `fail`.
+    """Around main(): a ValueError or RuntimeError raised by the project ends the program by `fail`.
 
-    So does its RuntimeError, a failed download. Everything else keeps its traceback, as does an error out of a library
-    or of a user's own reward: it is a bug.
+    The project refuses bad input by a ValueError; its RuntimeError means, for example, a failed download. Every other
+    error keeps its traceback, since it is a bug: also one raised by a library or by a user's own reward.
     """
     try:
         yield
@@ -69,7 +80,7 @@ def clean_errors() -> Iterator[None]:
 
 
 def _kind(annotation: Any) -> tuple[type, bool]:
-    """The type of a field, and whether it may be None: `tuple[str, ...] | None` to (tuple, True)."""
+    """The type of a field, and whether it may be None: `tuple[str, ...] | None` gives (tuple, True)."""
     options = get_args(annotation)
     optional = NoneType in options
     if optional:
@@ -84,7 +95,7 @@ def _from_text(text: str, kind: type) -> Any:
 
 
 def _from_toml(value: Any, kind: type) -> Any:
-    """A TOML value as the field's type; unlike a flag's, the value of a number is not written as text."""
+    """A TOML value as the field's type; a number must be a number in TOML, not text as it is in a flag."""
     accepted = {float: (int, float), Path: str, tuple: (str, list)}.get(kind, kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError
@@ -116,12 +127,21 @@ def _convert(raw: Any, kind: type, optional: bool, choices: Sequence[str] | None
     return value
 
 
-def _flag_name(name: str) -> str:
+def check_least(settings: Any) -> None:
+    """Raise ValueError for a number that is infinite or below the least that its `flag` allows."""
+    for entry in fields(settings):
+        least, value = entry.metadata["least"], getattr(settings, entry.name)
+        if None not in (least, value) and not least <= value < math.inf:
+            finite = "finite and " if isinstance(value, float) else ""
+            raise ValueError(f"{flag_name(entry.name)} {value}: it must be {finite}at least {least}")
+
+
+def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def _shown(default: Any) -> str:
-    """A default as one would type it; nothing for None, whose meaning the help text says."""
+    """A default as a user would type it; nothing for None, which the help text explains."""
     if default is None or default == "" or default == ():
         return ""
     if isinstance(default, bool):
@@ -147,8 +167,8 @@ def _make_parser(settings_class: type, kinds: dict[str, tuple[type, bool]], prog
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=columns),
     )
     groups = {}
-    for entry in fields(settings_class):
-        topic, choices, kind = entry.metadata["group"], entry.metadata["choices"], kinds[entry.name][0]
+    for topic, entry in topics(settings_class):
+        choices, kind = entry.metadata["choices"], kinds[entry.name][0]
         if topic not in groups:
             groups[topic] = parser.add_argument_group(topic)
         text = entry.metadata["help"]
@@ -156,7 +176,7 @@ def _make_parser(settings_class: type, kinds: dict[str, tuple[type, bool]], prog
         text += f" (default {shown})" if (shown := _shown(entry.default)) else ""
         action = {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": _METAVARS[kind]}
         groups[topic].add_argument(
-            _flag_name(entry.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **action
+            flag_name(entry.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **action
         )
     other = parser.add_argument_group("Other")
     other.add_argument("--config", dest="--config", metavar="FILE", help="TOML file of defaults; flags override it")
@@ -174,7 +194,7 @@ def _read_toml(path: str) -> dict[str, Any]:
 
 
 def _refuse_unknown(words: Sequence[str], names: Sequence[str], prog: str) -> None:
-    """ValueError for what argparse could not place, if anything."""
+    """Raise ValueError if there are words that argparse could not place."""
     unknown = next((word for word in words if word.startswith("-")), None)
     if unknown is not None:
         typed = unknown.split("=")[0].replace("_", "-")
@@ -191,8 +211,8 @@ def _parse(settings_class, argv: Sequence[str] | None, prog: str, description: s
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     path = given.pop("--config")
-    negations = ["--no-" + _flag_name(name)[2:] for name, (kind, _) in kinds.items() if kind is bool]
-    _refuse_unknown(unknown, [*map(_flag_name, kinds), *negations, "--config", "--help"], prog)
+    negations = ["--no-" + flag_name(name)[2:] for name, (kind, _) in kinds.items() if kind is bool]
+    _refuse_unknown(unknown, [*map(flag_name, kinds), *negations, "--config", "--help"], prog)
     values = {}
     for name, raw in (_read_toml(path) if path else {}).items():
         if name not in kinds:
@@ -200,7 +220,7 @@ def _parse(settings_class, argv: Sequence[str] | None, prog: str, description: s
         values[name] = _convert(raw, *kinds[name], choices[name], f"{name} in {path}", _from_toml)
     for name, raw in given.items():
         convert = _from_text if isinstance(raw, str) else _from_toml
-        values[name] = _convert(raw, *kinds[name], choices[name], _flag_name(name), convert)
+        values[name] = _convert(raw, *kinds[name], choices[name], flag_name(name), convert)
     return replace(base, **values) if base else settings_class(**values)
 
 
@@ -212,12 +232,12 @@ def parse(
     description: str,
     base: Settings | None = None,
 ) -> Settings:
-    """An instance of a frozen dataclass whose fields were made by `flag`, from the command line.
+    """Read the command line into an instance of a frozen dataclass whose fields were made by `flag`.
 
-    `lora_r: int` becomes --lora-r N, a bool --name and --no-name; a tuple[str, ...] is separated by commas, and "none"
+    `lora_r: int` becomes --lora-r N; a bool becomes --name and --no-name; commas separate a tuple[str, ...]; "none"
     stands for None where a field may be None. --config FILE reads defaults from a flat TOML file, which flags override.
-    What is not given is as in `base`, or else its default. --help prints the flags by topic and exits with 0. Bad input
-    ends by `fail`, a ValueError of the dataclass included.
+    A field that is not given is as in `base`, or else its default. --help prints the flags by topic and exits with 0.
+    Bad input ends the program by `fail`, and so does a ValueError of the dataclass.
     """
     try:
         return _parse(settings_class, argv, prog, description, base)

@@ -1,11 +1,10 @@
-"""What a run leaves to look at: metrics.jsonl, samples.jsonl, and lines on the terminal that can be read as they come.
+"""The log of a run: metrics.jsonl, samples.jsonl, and lines on the terminal while it runs.
 
-Every line of a file is strict JSON, written by one call, so that a reader never sees half of one from a living run.
+Every line of a file is strict JSON and is written by one call, so a reader of the file never sees half a line.
 """
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from rich.theme import Theme
 
+from gemma3.files import writing
 from grpo.run.processes import is_first
 from grpo.run.trackers import Track
 
-# Columns of the terminal's table: heading, metric, format. Those whose metric a run does not have are left out.
+# Columns of the terminal's table: heading, metric, format. A column is left out if a run does not have its metric.
 COLUMNS = (
     ("reward", "reward", "{:.3f}"),
     ("accuracy", "accuracy", "{:.1%}"),
@@ -35,7 +35,7 @@ COLUMNS = (
 # The parts of a step: their seconds are "time/rollout" and so on, and the table shows their shares.
 TIMES = ("rollout", "reward", "update")
 _SECONDS_BETWEEN_ROWS = 10.0
-_PICTURE_SIDE = 224  # pictures are kept to be looked at, no larger than this
+_IMAGE_SIDE = 224  # pixels: the longest side of an image that is kept to be looked at
 _THEME = Theme({"bar.complete": "cyan", "bar.finished": "cyan", "progress.elapsed": "dim"})
 
 
@@ -57,28 +57,26 @@ def _plain(value: Any, number: Callable[[float], float] = float) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _to_json(value: Any, **layout: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, **layout) + "\n"
+def parsed(text: str | bytes, what: str) -> Any:
+    """The content of JSON text; for other text a ValueError that begins with `what`."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON ({error})") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
-    if not is_first():
-        return
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+def read_json(path: Path) -> Any:
+    return parsed(path.read_bytes(), f"{path} is damaged: it")
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write or replace a JSON file: a reader sees the old content or the new. NaN and infinity become null."""
-    _replace(path, _to_json(_plain(obj), indent=2).encode())
+    """Write or replace a JSON file, on the first process only. NaN and infinity become null."""
+    if is_first():
+        writing.write_json(path, _plain(obj))
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Leave the lines of the steps up to `step`; a last line that a crash cut short goes too."""
+    """Delete the lines of steps after `step`, and a last line that a crash cut short."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
@@ -86,18 +84,19 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    _replace(path, b"".join(kept))
+    if is_first():
+        writing.replace_file(path, b"".join(kept))
 
 
 def _clock(seconds: float) -> str:
-    """0:42, 12:07 or 3:00:09."""
+    """Seconds as 0:42, 12:07 or 3:00:09."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _cells(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Heading to text, for the columns that these metrics have."""
+    """The text of each column that these metrics have, by its heading."""
     row = {}
     for heading, key, layout in COLUMNS:
         # In GRPO the loss says nothing about progress: its gradient is what counts.
@@ -113,9 +112,9 @@ def _cells(metrics: Mapping[str, Any]) -> dict[str, str]:
 class RunLog:
     """The log of one run, as a context manager: two files in the run directory, and the terminal.
 
-    run: its directory, which must exist; total_steps: when the run ends; resume_step: the step after which it goes on,
-    later lines of the files being dropped, or None for a new run; track: what else gets the metrics. ValueError if a
-    new run would add to an older one's.
+    run: its directory, which must exist; total_steps: the step at which the run ends; resume_step: the step after which
+    it goes on (later lines of the files are dropped), or None for a new run; track: a function that gets the metrics
+    too. ValueError if a new run would add to the files of an older one.
     """
 
     def __init__(self, run: Path, total_steps: int, *, resume_step: int | None, track: Track | None = None):
@@ -128,7 +127,7 @@ class RunLog:
         elif self._metrics.exists() and self._metrics.stat().st_size:
             raise ValueError(f"{run} holds another run; choose another --out, or continue that run with --resume {run}")
         self._headings: list[str] = []
-        self._row: Text | None = None  # the latest step's, where it is not printed yet
+        self._row: Text | None = None  # of the latest step, if it is not printed yet
         self._row_time = -math.inf
         self._first: tuple[int, float] | None = None  # the first step of this process, and when it was done
         self._console = console = Console(highlight=False, soft_wrap=True, theme=_THEME)
@@ -158,9 +157,9 @@ class RunLog:
     def _append(self, path: Path, records: Sequence[dict]) -> None:
         if not is_first():
             return
-        content = "".join(_to_json(_plain(record, _float32)) for record in records).encode()
+        lines = [json.dumps(_plain(record, _float32), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
         with open(path, "ab", buffering=0) as file:
-            file.write(content)
+            file.write("".join(lines).encode())
 
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append a line of numbers under TRL's names to metrics.jsonl, with the digits of a float32."""
@@ -171,22 +170,22 @@ class RunLog:
     def samples(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Append a line for each prompt of a step to samples.jsonl: the prompt and the completions of its group.
 
-        "pictures" of a group, uint8[h, w, 3], become files of which the line holds the names.
+        The "images" of a group, uint8[h, w, 3], become files, and the line holds their names.
         """
         lines = [{"step": step, **group} for group in groups]
-        for place, line in enumerate(lines):
-            if line.get("pictures") and is_first():
-                named = enumerate(line["pictures"])
-                line["pictures"] = [self._keep_picture(f"{step:08}-{place}-{i}.png", x) for i, x in named]
+        for q, line in enumerate(lines):
+            if line.get("images") and is_first():
+                named = enumerate(line["images"])
+                line["images"] = [self._keep_image(f"{step:08}-{q}-{i}.png", x) for i, x in named]
         self._append(self._samples, lines)
 
-    def _keep_picture(self, name: str, pixels: np.ndarray) -> str:
-        path = self._samples.with_name("pictures") / name
+    def _keep_image(self, name: str, pixels: np.ndarray) -> str:
+        path = self._samples.with_name("images") / name
         path.parent.mkdir(exist_ok=True)
         image = Image.fromarray(pixels)
-        image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+        image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
         image.save(path)
-        return f"pictures/{name}"
+        return f"images/{name}"
 
     def say(self, text: str) -> None:
         """Print a line, above the live one if there is one."""
@@ -212,7 +211,7 @@ class RunLog:
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a finished step: at once on the live line, and as a row of the table every ten seconds or so.
 
-        The metrics read are those of `COLUMNS`, and the seconds "time/rollout", "time/reward" and "time/update".
+        It reads the metrics of `COLUMNS` and the seconds "time/rollout", "time/reward" and "time/update".
         """
         now = time.monotonic()
         if self._first is None:

@@ -1,7 +1,7 @@
-"""Several processes of one run: each reads and rewards the prompts whose rows lie on its devices, process 0 writes.
+"""Several processes of one run: each reads and rewards the prompts whose rows lie on its devices; process 0 writes.
 
-Rests on `jax.distributed`. All processes make the same calls in the same order, or they would wait for one another; so
-whatever decides what comes next is exchanged first. With one process nothing here communicates.
+Built on `jax.distributed`. All processes must make the same calls in the same order, or they would wait for one
+another. So they first exchange whatever decides what comes next. With one process nothing here communicates.
 """
 
 import os
@@ -9,31 +9,32 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import msgpack
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec as Spec
 
 from gemma3.mesh import DATA
-from grpo.run.settings import Settings
 
-# A process that is gone without its connections being closed, its machine having failed, is missed after so long.
+Settings = TypeVar("Settings")  # a dataclass with a field `out`
+
+# A process whose machine fails closes no connections. After so long without a heartbeat jax takes it for gone.
 _HEARTBEAT_SECONDS = 60
 _JOIN_SECONDS = 300
-# What is gathered at once on its way to process 0, so that no device has to hold more than this of a split array.
+# A split array goes to process 0 in pieces of about this size, so that no device has to hold more of it at once.
 _PIECE_BYTES = 2**28
 
 
 def _await_first(coordinator: str) -> None:
-    """Return when process 0 listens; RuntimeError if it does not. jax would abort where this says what is wrong."""
+    """Return when process 0 listens; RuntimeError if it does not. jax itself would abort without a clear message."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + _JOIN_SECONDS
     while True:
@@ -50,10 +51,10 @@ def _await_first(coordinator: str) -> None:
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes: at the given address, or as the cluster says that this process finds itself in.
+    """Join the other processes, at the given address or as the cluster of this process says.
 
-    To be called before jax touches any device. Processes but the first print nothing more on stdout. ValueError where
-    only some of the three are given, RuntimeError where no one answers at the address.
+    Call it before jax touches any device. Afterwards only the first process prints on stdout. ValueError if only some
+    of the three arguments are given, RuntimeError if no one answers at the address.
     """
     given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -85,12 +86,12 @@ def is_first() -> bool:
 
 
 def exchange(records: Mapping[int, Any]) -> dict[int, Any]:
-    """All processes' records, of whatever msgpack holds; where two have the same key the earlier process's counts."""
+    """The records of all processes, made of what msgpack holds; if two share a key, the earlier process's counts."""
     if jax.process_count() == 1:
         return dict(records)
     packed = np.frombuffer(msgpack.packb(dict(records)), np.uint8)
     longest = int(process_allgather(np.array([packed.size])).max())
-    # A power of two: each new length would be compiled anew.
+    # A power of two, since each new length is compiled anew.
     padded = np.zeros(max(4096, 1 << (longest - 1).bit_length()), np.uint8)
     padded[: packed.size] = packed
     together = {}
@@ -102,7 +103,7 @@ def exchange(records: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def agree(settings: Settings) -> Settings:
-    """The first process's run directory for all; ValueError where they were started with different flags."""
+    """The settings with the first process's run directory; ValueError if processes were given different flags."""
     own = {name: str(value) for name, value in asdict(settings).items() if name != "process_id"}
     everyone = exchange({jax.process_index(): own})
     for process, theirs in sorted(everyone.items()):
@@ -119,23 +120,36 @@ def on_any_process(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(process_allgather(np.array([flag])).any())
 
 
-def held_rows(count: int, mesh: Mesh) -> set[int]:
-    """Which of `count` rows, split over `data` and filled up to a multiple of it, this process holds."""
+def held_rows(count: int, mesh: Mesh) -> list[int]:
+    """Which rows this process holds, in order: `count` rows are padded to a multiple of `data` and split over it."""
     rows = -(-count // mesh.shape[DATA]) * mesh.shape[DATA]
-    parts = NamedSharding(mesh, P(DATA)).addressable_devices_indices_map((rows,)).values()
-    return {row for (part,) in parts for row in range(*part.indices(rows)) if row < count}
+    parts = NamedSharding(mesh, Spec(DATA)).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(rows)) if row < count})
 
 
 def rows_on_host(array: jax.Array) -> np.ndarray:
-    """An array split over `data` on the host: the rows that this process holds, the others 0."""
+    """An array split over `data`, on the host: rows that this process does not hold are 0."""
     rows = np.zeros(array.shape, array.dtype)
     for shard in array.addressable_shards:
         rows[shard.index] = shard.data
     return rows
 
 
+def of_all_rows(held: Sequence[int], *columns: Sequence) -> list:
+    """Columns with an entry for each row in `held`, joined with those of all other processes, in the rows' order.
+
+    A list, of values that msgpack can hold, stays a list; an array stays an array of its dtype.
+    """
+    own = zip(*(column.tolist() if isinstance(column, np.ndarray) else column for column in columns), strict=True)
+    together = [entries for _, entries in sorted(exchange(dict(zip(held, own, strict=True))).items())]
+    return [
+        np.array(found, column.dtype) if isinstance(column, np.ndarray) else list(found)
+        for column, found in zip(columns, zip(*together, strict=True), strict=True)
+    ]
+
+
 def to_first(tree):
-    """A pytree of arrays as process 0 can write it, whole on its host; the other processes help and get nothing."""
+    """A pytree of arrays, whole on the host of process 0, which can write it. The other processes help and get None."""
     if jax.process_count() == 1:
         return tree
 
@@ -156,10 +170,10 @@ def to_first(tree):
 
 @contextmanager
 def stopping_together() -> Iterator[None]:
-    """Around all that follows `connect`: where one process stops for whatever reason, the others stop too, and say so.
+    """Around all that follows `connect`: if one process stops, for whatever reason, the others stop too and say so.
 
-    A process that fails leaves at once, without waiting for the others as jax would; the connections it closes make
-    their next collective fail. One that is cut off is missed by its heartbeat, and jax then ends the others.
+    A process that fails exits at once, while jax would wait for the others. This closes its connections, which makes
+    the next collective of the others fail. If a process is cut off, its heartbeat is missing, and jax ends the others.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""Metrics to the trackers people already use, beside the run's own files: --log tensorboard or --log wandb.
+"""Send metrics to a tracker that people already use, beside the run's own files: --log tensorboard or --log wandb.
 
-Neither package is a requirement; one that is asked for and not installed is refused with the line that installs it.
+Neither package is a requirement. If the chosen one is not installed, the error says how to install it.
 """
 
 import math
@@ -33,16 +33,16 @@ def _tensorboard(run: Path, config: Mapping) -> Track:
 def _wandb(run: Path, config: Mapping) -> Track:
     import wandb
 
-    # The directory's name is the run's id too, so that a resumed run goes on in its own curves.
+    # The directory's name is the run's id too, so that a resumed run continues its own curves.
     started = wandb.init(project="grpo-gemma3", id=run.name, dir=run, config=dict(config), resume="allow")
     return lambda step, metrics: started.log(_numbers(metrics), step=step)
 
 
 def tracker(name: str | None, run: Path, config: Mapping) -> Track:
-    """A function of (step, metrics) that sends what is finite to the tracker of this name; None sends nothing.
+    """A function of (step, metrics) that sends finite values to the tracker `name`, or nothing if that is None.
 
-    run: its directory, in which tensorboard writes its events; config: the settings shown beside the curves. ValueError
-    where the package is not installed.
+    run: the run's directory, in which tensorboard writes its events; config: the settings shown beside the curves.
+    ValueError if the package is not installed.
     """
     if name is None:
         return lambda step, metrics: None

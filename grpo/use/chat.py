@@ -1,11 +1,11 @@
-"""Talking to a model in the terminal: answers as they are drawn, reasoning and answer apart, and the turns of a chat.
+"""Talk to a model in the terminal: answers printed as they are sampled, reasoning and answer apart, turns of a chat.
 
-Rests on rich. How a question is worded, and how a picture is read, is the caller's.
+Built on rich.
 """
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -14,118 +14,83 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from PIL import Image
-from rich.color import Color
 from rich.console import Console
-from rich.style import Style
 from rich.text import Text
 
-from gemma3.config import Config
-from gemma3.lora import Lora
-from gemma3.model import Params
-from gemma3.sample import OnToken, Sampling
+from data.example import FORMATS, Example
+from gemma3.filters import Sampling
+from gemma3.lora import Policy
+from gemma3.sample import Completions, OnToken
 from gemma3.tokenizer import Tokenizer
-from grpo.rollout import Prompt, Rollout, place_prompts, roll_out
+from grpo.pages.story import half_blocks
+from grpo.reader import Prompt, Reader, Row
+from grpo.rollout import put_prompts, roll_out
 
-_SHORTEST = 64  # tokens: prompts are padded to this, or to a power of two
-# What moves a terminal's cursor, colours it, or turns the direction of its text; tab and newline may.
+_SHORTEST = 64  # tokens: a prompt is padded to a power of two, at least this one
+# Characters that move a terminal's cursor, colour it, or turn the direction of its text; tab and newline may stay.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _STYLES = {"reasoning": "dim", "answer": "bold", "": ""}
-_HELP = """/image PATH   show a picture with your next message; several are shown in order
+_HELP = """/image PATH   show an image with your next message; several are shown in order
 /reset        forget the conversation so far
 /help         list the commands
 /quit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-@dataclass(frozen=True)
-class Answerer:
-    """A model, and how it is to answer."""
+class Answerer(NamedTuple):
+    """A policy, how it reads questions, and how its answers are sampled."""
 
-    params: Params
-    lora: Lora | None
-    config: Config
-    tokenizer: Tokenizer
-    mesh: Mesh
+    policy: Policy
+    reader: Reader
     sampling: Sampling
     seed: int
-    max_prompt_length: int  # tokens of a whole conversation
-    max_completion_length: int  # tokens of one answer
-
-
-class Room(NamedTuple):
-    """What a batch of prompts is padded to. Each size is compiled once, so there are few of them."""
-
-    tokens: int
-    pictures: int
 
 
 class Answer(NamedTuple):
     text: str
-    finished: bool  # by itself, not at the length limit
+    finished: bool  # it ended by itself, not at the length limit
 
 
-def room_for(tokens: int, pictures: int, limit: int) -> Room:
-    """Room for prompts of at most so many tokens and pictures; ValueError for more than `limit` tokens."""
-    if tokens > limit:
-        raise ValueError(f"the prompt has {tokens} tokens, more than --max-prompt-length {limit}")
-    padded = max(_SHORTEST, 1 << (tokens - 1).bit_length())
-    return Room(min(padded, limit), 1 << (pictures - 1).bit_length() if pictures else 0)
+def with_room(reader: Reader, tokens: int, images: int) -> Reader:
+    """A copy of the reader for prompts of at most so many tokens and images; ValueError for more tokens than it takes.
 
-
-def draw(
-    answerer: Answerer, prompts: Sequence[Prompt], index: Sequence[int], room: Room, on_token: OnToken | None = None
-) -> Rollout:
-    """One completion of each prompt. `index` keys each one's randomness: it does not depend on what is drawn beside it.
-
-    An empty prompt is not answered, and fills a batch up.
+    Each size is compiled once, so there are only a few sizes.
     """
-    a = answerer
-    placed = place_prompts(
-        prompts,
-        index,
-        a.params,
-        a.lora,
-        config=a.config,
-        mesh=a.mesh,
-        max_prompt_length=room.tokens,
-        max_images=room.pictures,
-    )
-    rollout = roll_out(
-        a.params,
-        a.lora,
-        placed,
-        jax.random.key(a.seed),
-        jnp.asarray(~a.tokenizer.never_sampled),
-        config=a.config,
-        mesh=a.mesh,
-        num_generations=1,
-        max_completion_length=a.max_completion_length,
-        sampling=a.sampling,
-        on_token=on_token,
-    )
-    return jax.block_until_ready(rollout)
+    reader.check_length(tokens)
+    padded = max(_SHORTEST, 1 << (tokens - 1).bit_length())
+    most_images = 1 << (images - 1).bit_length() if images else 0
+    return replace(reader, max_prompt_length=min(padded, reader.max_prompt_length), max_images=most_images)
 
 
-def draw_answers(answerer: Answerer, prompts: Sequence[Prompt], index: Sequence[int], room: Room) -> list[Answer]:
-    """The answer to each prompt; see `draw`."""
-    drawn = jax.device_get(draw(answerer, prompts, index, room))
-    rows = zip(drawn.completion_ids[:, 0], drawn.completion_mask[:, 0], drawn.finished[:, 0], strict=True)
-    answers = [Answer(answerer.tokenizer.decode(ids[mask]), bool(finished)) for ids, mask, finished in rows]
-    return answers[: len(prompts)]
+def answer(
+    answerer: Answerer, prompts: Sequence[Prompt], first_index: int, on_token: OnToken | None = None
+) -> Completions:
+    """One completion of each prompt. A prompt's index, counted from `first_index`, keys its randomness: its answer does
+    not depend on what is sampled beside it. An empty prompt gets no answer; it only fills up a batch.
+    """
+    policy, reader, sampling, seed = answerer
+    rows = [Row(index, None, prompt) for index, prompt in enumerate(prompts, first_index)]
+    batch = put_prompts(policy, rows, reader)
+    completions = roll_out(policy, batch, jax.random.key(seed), reader, sampling=sampling, on_token=on_token)
+    return jax.block_until_ready(completions)
+
+
+def answers(answerer: Answerer, prompts: Sequence[Prompt], first_index: int) -> list[Answer]:
+    """The answer to each prompt; see `answer`."""
+    ids, mask, _, finished = jax.device_get(answer(answerer, prompts, first_index))
+    texts = answerer.reader.texts(ids, mask)
+    return [Answer(text, bool(ended)) for (text,), (ended,), _ in zip(texts, finished, prompts, strict=False)]
 
 
 def as_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The pieces by which the text of `tokens` grows; a character whose bytes are several tokens comes whole.
+    """The text of `tokens`, piece by piece as it grows; a character whose bytes are several tokens comes whole.
 
-    Everything so far is decoded each time: a piece by itself would lose the space before it.
+    All tokens so far are decoded each time: a token decoded by itself would lose the space before it.
     """
     ids, shown = [], 0
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids).rstrip("\ufffd")  # bytes that are no character yet read so
+        text = tokenizer.decode(ids).rstrip("\ufffd")  # an incomplete character decodes to this
         if len(text) > shown:
             yield text[shown:]
             shown = len(text)
@@ -134,53 +99,53 @@ def as_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 class Listener:
-    """Hears one answer's tokens in the threads of the devices, for the thread that prints them.
+    """Hears one answer's tokens in the threads of the devices, and passes them to the thread that prints them.
 
-    There is one for a session, since `sample` is compiled for the very function that it calls.
+    A session has only one listener: `sample` is compiled for the function that it calls, and again for another one.
     """
 
     def __init__(self):
-        self.ids: list[int] = []  # of the newest answer, as far as it has come
+        self.ids: list[int] = []  # the tokens of the newest answer so far
         self._heard = SimpleQueue()
         self._go_on = True
 
-    def _on_token(self, place, index, tokens) -> np.bool_:
-        self._heard.put((int(place), dict(zip(index.tolist(), tokens[:, 0].tolist(), strict=True))))
+    def _on_token(self, t, index, tokens) -> np.bool_:
+        self._heard.put((int(t), dict(zip(index.tolist(), tokens[:, 0].tolist(), strict=True))))
         return np.bool_(self._go_on)
 
-    def _draw(self, *args) -> None:
+    def _answer(self, *args) -> None:
         try:
-            draw(*args, self._on_token)
+            answer(*args, self._on_token)
         finally:
             self._heard.put(None)
 
     def _tokens(self, answerer: Answerer, prompt: Prompt, number: int) -> Iterator[int]:
         self.ids, self._heard, self._go_on = [], SimpleQueue(), True
-        room = room_for(len(prompt.ids), len(prompt.pictures), answerer.max_prompt_length)
+        answerer = answerer._replace(reader=with_room(answerer.reader, len(prompt.ids), len(prompt.images)))
         with ThreadPoolExecutor(1) as pool:
-            drawn = pool.submit(self._draw, answerer, [prompt], [number], room)
+            sampled = pool.submit(self._answer, answerer, [prompt], number)
             try:
                 while (heard := self._heard.get()) is not None:
-                    place, tokens = heard
-                    # Every device reports, those that hold a part of this row the same token.
-                    if place == len(self.ids) and number in tokens:
+                    t, tokens = heard
+                    # Every device reports; those that hold parts of this row report the same token.
+                    if t == len(self.ids) and number in tokens:
                         self.ids.append(tokens[number])
                         yield tokens[number]
             finally:
                 self._go_on = False
-            drawn.result()
+            sampled.result()
 
     def stream(self, answerer: Answerer, prompt: Prompt, number: int) -> Iterator[str]:
-        """The answer's text, piece by piece as it is drawn; closed early, no more of it is drawn.
+        """The answer's text, piece by piece as it is sampled; sampling stops if the iterator is closed early.
 
-        number: what keys the randomness, from 1 on.
+        number: the prompt's index, which keys its randomness; from 1 on.
         """
         with closing(self._tokens(answerer, prompt, number)) as tokens:
-            yield from as_text(tokens, answerer.tokenizer)
+            yield from as_text(tokens, answerer.reader.tokenizer)
 
 
 def sections(pieces: Iterable[str], tags: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """Cut streamed text at its tags: pairs of "reasoning", "answer" or "" (outside of both) and a piece of text.
+    """Cut streamed text at its tags into pairs (kind, piece of text): "reasoning", "answer", or "" outside of both.
 
     tags: the names of the reasoning tag and the answer tag.
     """
@@ -202,7 +167,7 @@ def sections(pieces: Iterable[str], tags: tuple[str, str]) -> Iterator[tuple[str
 
 
 def apart(text: str, tags: tuple[str, str]) -> tuple[str, str | None]:
-    """(what stands between the reasoning tags, what between the answer tags or None where there are none)."""
+    """(the text between the reasoning tags, the text between the answer tags or None if there are none)."""
     parts: dict[str, str] = {}
     for kind, piece in sections([text], tags):
         parts[kind] = parts.get(kind, "") + piece
@@ -211,7 +176,7 @@ def apart(text: str, tags: tuple[str, str]) -> tuple[str, str | None]:
 
 
 def clean(text: str) -> str:
-    """Text that a terminal takes for text: control characters read U+FFFD."""
+    """The text with U+FFFD in place of control characters, so that a terminal only prints it."""
     return _CONTROL.sub("\ufffd", text)
 
 
@@ -239,15 +204,15 @@ def show(console: Console, pieces: Iterable[str], tags: tuple[str, str]) -> None
     say(console, "(it says nothing)" if last is None else "", "dim")
 
 
-def speak(
-    console: Console, listener: Listener, answerer: Answerer, prompt: Prompt, number: int, tags: tuple[str, str]
-) -> None:
-    """Print the answer to one prompt as it is drawn, and a line if it was cut."""
+def speak(console: Console, listener: Listener, answerer: Answerer, prompt: Prompt, number: int) -> None:
+    """Print the answer to one prompt as it is sampled, and a line if it was cut."""
+    reader = answerer.reader
     with closing(listener.stream(answerer, prompt, number)) as pieces:
         with console.status(Text("the first answer of each length waits for the compiler", style="dim")):
             first = next(pieces, "")
-        show(console, itertools.chain([first], pieces), tags)
-    say_if_cut(console, listener.ids[-1] in answerer.config.stop_ids, answerer.max_completion_length)
+        show(console, itertools.chain([first], pieces), FORMATS[reader.format])
+    finished = listener.ids[-1] in reader.model.config.stop_ids
+    say_if_cut(console, finished, answerer.sampling.max_completion_length)
 
 
 def say_if_cut(console: Console, finished: bool, length: int) -> None:
@@ -263,71 +228,60 @@ def spelled(name: str, sampling: Sampling) -> str:
     return f"{name}: {', '.join(parts)}"
 
 
-def show_picture(console: Console, pixels: np.ndarray) -> None:
-    """A picture uint8[h, w, 3] in a terminal of many colours, two pixels to a character; elsewhere nothing."""
-    if not console.is_terminal or console.no_color or console.color_system not in ("256", "truecolor"):
-        return
-    image = Image.fromarray(pixels)
-    image.thumbnail((32, 32))
-    rows = np.asarray(image)[: image.height // 2 * 2]
-    for upper, lower in zip(rows[::2], rows[1::2], strict=True):
-        line = Text()
-        for front, back in zip(upper, lower, strict=True):
-            line.append("▀", Style(color=Color.from_rgb(*front), bgcolor=Color.from_rgb(*back)))
-        console.print(line)
+def show_image(console: Console, pixels: np.ndarray) -> None:
+    """Print an image uint8[h, w, 3] if the terminal has many colours."""
+    if console.is_terminal and not console.no_color and console.color_system in ("256", "truecolor"):
+        console.print(half_blocks(pixels))
 
 
 @dataclass
 class Conversation:
-    """What was said so far, and the pictures that wait for the next message."""
+    """What was said so far, and the images that wait for the next message."""
 
     messages: list[dict] = field(default_factory=list)
-    views: list[list[np.ndarray]] = field(default_factory=list)  # of each picture: itself, then its crops if any
+    views: list[list[np.ndarray]] = field(default_factory=list)  # for each image: the image, then its crops if any
     attached: list[list[np.ndarray]] = field(default_factory=list)
 
 
-def extended(talk: Conversation, question: str, ask: Callable[[str, int], list[dict]]) -> Conversation:
-    """The conversation with the next question and the pictures that waited for it."""
+def asked(text: str, images: Sequence[Path | bytes]) -> Example:
+    """What a user asks, as an example that a reader can word."""
+    return Example("asked", text, "", images=tuple(images))
+
+
+def extended(talk: Conversation, question: str, reader: Reader) -> Conversation:
+    """The conversation with the next question and the images that waited for it."""
     if talk.messages:
-        pictures = [{"type": "image"}] * len(talk.attached)
-        added = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+        images = [{"type": "image"}] * len(talk.attached)
+        added = [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
     else:
-        added = ask(question, len(talk.attached))
+        added = reader.chat(asked(question, [b""] * len(talk.attached)))
     return Conversation(talk.messages + added, talk.views + talk.attached)
 
 
-def encoded(talk: Conversation, answerer: Answerer) -> Prompt:
+def encoded(talk: Conversation, reader: Reader) -> Prompt:
     """The whole conversation as the prompt of the next answer; ValueError where it is too long."""
     crops = [len(views) - 1 for views in talk.views]
-    ids = answerer.tokenizer.encode_chat(talk.messages, crops=crops)
-    limit = answerer.max_prompt_length
+    ids, limit = reader.tokenizer.encode_chat(talk.messages, crops=crops), reader.max_prompt_length
     if len(ids) > limit:
         raise ValueError(f"the conversation has {len(ids)} tokens, more than {limit}; /reset begins a new one")
     return Prompt(ids, [view for views in talk.views for view in views])
 
 
-def attach(console: Console, talk: Conversation, path: str, look: Callable[[Path], list[np.ndarray]]) -> None:
+def attach(console: Console, talk: Conversation, path: str, reader: Reader) -> None:
     if not path:
-        raise ValueError("/image needs the path of a picture, such as /image dots.png")
-    views = look(Path(path.strip("'\"")).expanduser())
-    show_picture(console, views[0])
+        raise ValueError("/image needs the path of an image, such as /image dots.png")
+    views = reader.views(Path(path.strip("'\"")).expanduser())
+    show_image(console, views[0])
     talk.attached.append(views)
     say(console, f"shown with your next message: {path}", "dim")
 
 
-def chat(
-    console: Console,
-    answerer: Answerer,
-    read_line: Callable[[], str],
-    ask: Callable[[str, int], list[dict]],
-    look: Callable[[Path], list[np.ndarray]],
-    tags: tuple[str, str],
-) -> None:
+def chat(console: Console, answerer: Answerer, read_line: Callable[[], str]) -> None:
     """Talk until /quit or the end of the input. The whole conversation is the prompt of each answer.
 
-    ask: the messages that begin a conversation, of a question and how many pictures go with it; look: reads a picture,
-    with its crops if any. Both, like a mistyped command, may raise ValueError, which is said and forgotten.
+    If a command or an image is wrong, the error is printed and the chat goes on.
     """
+    reader = answerer.reader
     listener, talk = Listener(), Conversation()
     say(console, "/help lists the commands", "dim")
     for number in itertools.count(1):
@@ -349,47 +303,21 @@ def chat(
             elif command == "/help":
                 say(console, _HELP, "dim")
             elif command == "/image":
-                attach(console, talk, rest.strip(), look)
+                attach(console, talk, rest.strip(), reader)
             elif command.startswith("/"):
                 raise ValueError(f"{command} is no command; /help lists them")
             if not line or command.startswith("/"):
                 continue
-            asked = extended(talk, line, ask)
-            prompt = encoded(asked, answerer)
+            longer = extended(talk, line, reader)
+            prompt = encoded(longer, reader)
         except ValueError as error:
             say(console, str(error), "red")
             continue
         try:
-            speak(console, listener, answerer, prompt, number, tags)
+            speak(console, listener, answerer, prompt, number)
         except KeyboardInterrupt:
             say(console, "\n(stopped)", "dim")
-        said = answerer.tokenizer.decode(listener.ids)
+        said = reader.tokenizer.decode(listener.ids)
         if not said.strip() and talk.messages:
-            say(console, "/reset begins anew: a model that was taught single questions may need it", "dim")
-        talk = replace(asked, messages=[*asked.messages, {"role": "assistant", "content": said}])
-
-
-def labels(name: str, several: bool, strategies: Mapping[str, Sampling]) -> Iterator[tuple[str, Sampling]]:
-    """For each strategy what its answers are headed by: the model where there are several, the strategy in numbers."""
-    for strategy, sampling in strategies.items():
-        yield (f"{name}, " if several else "") + spelled(strategy, sampling), sampling
-
-
-def answer_prompt(
-    console: Console,
-    answerers: Iterable[tuple[str, Answerer]],
-    strategies: Mapping[str, Sampling],
-    prompt: Prompt,
-    tags: tuple[str, str],
-    *,
-    several: bool,
-) -> None:
-    """Print what each model, in each way of sampling, says to one prompt."""
-    listener = Listener()
-    for name, answerer in answerers:
-        for i, (label, sampling) in enumerate(labels(name, several, strategies)):
-            say(console, ("\n" if i else "") + label, "dim")
-            speak(console, listener, replace(answerer, sampling=sampling), prompt, 1, tags)
-        if several:
-            say(console, "")
-        del answerer  # before the next model is read
+            say(console, "/reset starts anew, which a model trained on single questions may need", "dim")
+        talk = replace(longer, messages=[*longer.messages, {"role": "assistant", "content": said}])

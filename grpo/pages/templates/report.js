@@ -1,4 +1,4 @@
-// The filter and the tints of report.html; without it the page shows everything, tinted by probability.
+// The filter and the tints of report.html. Without this script the page shows everything, tinted by probability.
 "use strict";
 
 const samples = document.getElementById("samples"), form = document.getElementById("filter");
@@ -12,7 +12,7 @@ function apply() {
   const verdict = form.elements.verdict.value;
 
   function fits(completion) {
-    // A completion without a reward is NaN, and within no bounds.
+    // Without a reward this is NaN, which is within no bounds.
     const reward = parseFloat(completion.dataset.reward);
     return (isNaN(least) || reward >= least) && (isNaN(most) || reward <= most)
       && (!verdict || completion.classList.contains(verdict));
