@@ -149,13 +149,6 @@ def min_over_tensor(x: jax.Array) -> jax.Array:
     return lax.pmin(x, TENSOR)
 
 
-def sum_over_later_shards(x: jax.Array) -> jax.Array:
-    """The sum of what the tensor shards after this one hold."""
-    parts = lax.all_gather(x, TENSOR)
-    later = jnp.arange(parts.shape[0]) > tensor_shard()
-    return jnp.where(jnp.expand_dims(later, range(1, parts.ndim)), parts, 0).sum(axis=0)
-
-
 def sum_over_data(x):
     return lax.psum(x, DATA)
 
@@ -171,6 +164,13 @@ def num_tensor_shards() -> int:
 def tensor_shard() -> jax.Array:
     """Which part of the tensor axis this device holds."""
     return lax.axis_index(TENSOR)
+
+
+def own_places(places: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Places counted from the first of this tensor shard's `size`, clipped to them, and whether each is one of them."""
+    own = places - tensor_shard() * size
+    clipped = jnp.clip(own, 0, size - 1)
+    return clipped, own == clipped
 
 
 def own_kv_heads(weight: jax.Array, num_kv_heads: int, axis: int) -> jax.Array:

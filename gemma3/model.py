@@ -23,6 +23,7 @@ from gemma3.mesh import (
     max_over_tensor,
     num_tensor_shards,
     on_one_device,
+    own_places,
     sum_over_tensor,
     tensor_shard,
 )
@@ -51,18 +52,12 @@ def joined_embedding(params: Params) -> jax.Array:
     return gather_over_data(params.text._replace(blocks=None)).embedding
 
 
-def _own_ids(ids: jax.Array, num_ids: int) -> tuple[jax.Array, jax.Array]:
-    """Ids counted from the first of this shard's `num_ids`, and whether each is one of them."""
-    local = ids - tensor_shard() * num_ids
-    return jnp.clip(local, 0, num_ids - 1), (local >= 0) & (local < num_ids)
-
-
 def embed(embedding: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of the table times sqrt(D), int32[...] to [..., D]; `embedding` is this shard's rows [V / tensor, D].
 
     The factor is rounded to the weights' dtype first, as Hugging Face's is: 50.5 instead of 50.596 for 4b in bfloat16.
     """
-    local, hit = _own_ids(ids, embedding.shape[0])
+    local, hit = own_places(ids, embedding.shape[0])
     x = sum_over_tensor(jnp.where(hit[..., None], embedding[local], 0))
     return x * jnp.sqrt(float(embedding.shape[1])).astype(embedding.dtype)
 
@@ -118,17 +113,24 @@ class TokenStats(NamedTuple):
     entropy: jax.Array  # float32, of the whole distribution, in nats; no gradient
 
 
+def log_normaliser(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest logit, and log Σ exp(logit - highest), of float32[..., V / tensor]: float32[...] each.
+
+    A log-prob is the logit minus both. The highest, subtracted first, leaves small numbers, and so a smaller error.
+    """
+    highest = max_over_tensor(jax.lax.stop_gradient(logits).max(axis=-1))
+    return highest, jnp.log(sum_over_tensor(jnp.exp(logits - highest[..., None]).sum(axis=-1)))
+
+
 def token_stats(logits: jax.Array, ids: jax.Array) -> TokenStats:
     """Log-softmax at the given ids, with the vocabulary split over `tensor`. logits: float32[..., V / tensor]."""
-    highest = max_over_tensor(jax.lax.stop_gradient(logits).max(axis=-1))
-    shifted = logits - highest[..., None]
-    total = sum_over_tensor(jnp.exp(shifted).sum(axis=-1))
-    local, hit = _own_ids(ids, logits.shape[-1])
-    chosen = jnp.take_along_axis(shifted, local[..., None], axis=-1)[..., 0]
-    logps = sum_over_tensor(jnp.where(hit, chosen, 0.0)) - jnp.log(total)
-    fixed = jax.lax.stop_gradient(shifted)
-    mean = sum_over_tensor((jnp.exp(fixed) * fixed).sum(axis=-1)) / jax.lax.stop_gradient(total)
-    return TokenStats(logps, jnp.log(jax.lax.stop_gradient(total)) - mean)
+    highest, log_total = log_normaliser(logits)
+    own, held = own_places(ids, logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0] - highest
+    logps = sum_over_tensor(jnp.where(held, chosen, 0.0)) - log_total
+    shifted, log_total = jax.lax.stop_gradient((logits - highest[..., None], log_total))
+    mean = sum_over_tensor((jnp.exp(shifted) * shifted).sum(axis=-1)) / jnp.exp(log_total)
+    return TokenStats(logps, log_total - mean)
 
 
 def logit_chunks(tokens: int, num_logits: int) -> tuple[int, int]:

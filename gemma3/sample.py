@@ -3,9 +3,8 @@
 Everything runs in one `shard_map`, and the loop ends as soon as every completion has stopped. Sampling runs the same
 model code as training, so the log-probs agree.
 
-Randomness is keyed by (key, the prompt's index, completion, t, token id) and by nothing else: a completion does not
-depend on the rest of its batch, the mesh or the number of processes. Since the token id is part of the key, a device
-that holds a part of the vocabulary makes only its part of the noise.
+Randomness is keyed by (key, the prompt's index, completion, t) and by nothing else: a completion does not depend on the
+rest of its batch, the mesh or the number of processes.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from gemma3.filters import Sampling, choose_token
 from gemma3.layers import rms_norm
 from gemma3.lora import Policy
 from gemma3.mesh import DATA, TENSOR, Model, sum_over_data, sum_over_tensor, zeros_varying
-from gemma3.model import embed, joined_embedding, logits_of, read_prompts, token_stats
+from gemma3.model import embed, joined_embedding, log_normaliser, logits_of, read_prompts
 from gemma3.transformer import Layer, block, ready, stack
 
 # (t, index int32[Q / data], tokens int32[Q / data, G]) -> whether to go on: see `sample`.
@@ -111,11 +110,11 @@ def ask_host(loop: Loop, index: jax.Array, on_token: OnToken) -> Loop:
 
 def sample_token(fixed: Fixed, loop: Loop, hidden: jax.Array, *, config: Config, sampling: Sampling) -> Loop:
     """Sample each completion's next token from the hidden states [Q, G, D] that predict it, or pad where it stopped."""
-    logits = logits_of(fixed.embedding, hidden, config=config)
+    logits = logits_of(fixed.embedding, hidden, config=config) / (sampling.temperature or 1.0)
     keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.t)))(fixed.completion_keys)
-    chosen = choose_token(jnp.where(fixed.allowed[None, None], logits, -jnp.inf), keys, sampling)
-    stats = token_stats(logits / (sampling.temperature or 1.0), chosen)
-    token = jnp.where(loop.done, config.pad_id, chosen)
+    chosen = choose_token(logits, fixed.allowed, keys, sampling)
+    highest, log_total = log_normaliser(logits)
+    token = jnp.where(loop.done, config.pad_id, chosen.id)
     put = partial(jax.lax.dynamic_update_index_in_dim, index=loop.t, axis=2)
     return loop._replace(
         t=loop.t + 1,
@@ -123,7 +122,7 @@ def sample_token(fixed: Fixed, loop: Loop, hidden: jax.Array, *, config: Config,
         done=loop.done | (token[..., None] == jnp.array(config.stop_ids)[None, None]).any(axis=-1),
         ids=put(loop.ids, token),
         mask=put(loop.mask, ~loop.done),
-        logps=put(loop.logps, jnp.where(loop.done, 0.0, stats.logps)),
+        logps=put(loop.logps, jnp.where(loop.done, 0.0, chosen.logit - highest - log_total)),
     )
 
 

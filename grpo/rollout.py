@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from gemma3.cache import choose_gather, decoding_bytes, device_memory
 from gemma3.filters import Sampling
 from gemma3.lora import Policy
 from gemma3.mesh import DATA, Model
 from gemma3.model import encode_images, pack_images
 from gemma3.sample import Completions, OnToken, PromptBatch, sample
 from grpo.reader import Reader, Row
+from grpo.run.memory import choose_gather, decoding_bytes, device_memory
 
 
 def split_over_data(array: np.ndarray, mesh: Mesh) -> jax.Array:

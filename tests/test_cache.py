@@ -9,11 +9,12 @@ from oracle import pair
 from tiny_models import tiny_multimodal_config
 
 from gemma3.attention import KeyValues
-from gemma3.cache import cache_bytes, choose_gather, decoding_bytes, device_memory, empty_caches, prompt_caches
+from gemma3.cache import empty_caches, prompt_caches
 from gemma3.files.published import CONFIGS
 from gemma3.filters import Sampling
 from gemma3.mesh import Model, make_mesh, on_one_device
 from gemma3.params import param_shapes
+from grpo.run.memory import cache_bytes, choose_gather, decoding_bytes, device_memory
 
 
 @pytest.mark.parametrize(("prompt_length", "length"), [(24, 19), (5, 19), (24, 3)])

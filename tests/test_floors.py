@@ -13,8 +13,8 @@ TREES = {
 }
 TREES = {name.removesuffix(".__init__"): tree for name, tree in TREES.items()}
 
-# The modules outside the core that the core may import: flags, and the processes of a run.
-BASE = {"grpo.run.cli", "grpo.run.settings", "grpo.run.processes", "grpo.run.trackers"}
+# The modules outside the core that the core may import: flags, and the processes and memory of a run.
+BASE = {"grpo.run.cli", "grpo.run.settings", "grpo.run.processes", "grpo.run.trackers", "grpo.run.memory"}
 
 
 def is_core(module: str) -> bool:

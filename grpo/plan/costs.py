@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from gemma3.cache import cache_bytes
 from gemma3.config import Config, VisionConfig
 from gemma3.filters import Sampling
 from gemma3.lora import TARGETS, LoraConfig
 from gemma3.mesh import DATA, TENSOR, Model
 from gemma3.params import AXES, axis_sizes, param_shapes, shape_of
+from grpo.run.memory import cache_bytes
 
 
 class Chip(NamedTuple):

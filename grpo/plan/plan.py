@@ -13,13 +13,13 @@ from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 from rich.table import Table
 
-from gemma3.cache import device_memory
 from gemma3.config import Config
 from gemma3.mesh import DATA, TENSOR, Model, make_mesh
 from grpo.plan import programs
 from grpo.plan.costs import CHIPS, Chip, caches_bytes, estimate, joined_bytes, update_flops
 from grpo.run.cli import flag_name
 from grpo.run.devices import check_mesh, mesh_shape
+from grpo.run.memory import device_memory
 from grpo.run.settings import Settings, check_batch, loss_config, model_config, resolve_defaults
 
 LOCAL = ("cpu", "gpu")  # the devices that are here

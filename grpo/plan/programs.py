@@ -20,7 +20,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from gemma3.cache import choose_gather, decoding_bytes
 from gemma3.config import Config
 from gemma3.image import MAX_CROPS
 from gemma3.lora import Policy, init_lora
@@ -30,6 +29,7 @@ from gemma3.sample import PromptBatch, sample
 from grpo.algorithm import LossBatch
 from grpo.plan.costs import Work, device_bytes
 from grpo.rollout import encode_on_mesh
+from grpo.run.memory import choose_gather, decoding_bytes
 from grpo.run.settings import Settings, lora_config
 from grpo.run.setup import make_learner, split_weights
 from grpo.update import Learner, Trainable, TrainState, completion_logps, policy_of, update

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from gemma3.filters import num_blocks
 from gemma3.mesh import DATA, TENSOR, Model
 
 
@@ -36,7 +37,7 @@ def check_mesh(model: Model) -> None:
     divided = [
         (TENSOR, config.num_heads, "query heads"),
         (TENSOR, config.intermediate_size, "MLP width"),
-        (TENSOR, config.vocab_size, "vocabulary"),
+        (TENSOR, num_blocks(config.vocab_size), "vocabulary's blocks"),
         (DATA, config.hidden_size, "model width"),
     ]
     if config.vision is not None:

@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import numpy as np
 
-from gemma3.cache import choose_gather, decoding_bytes, device_memory
 from gemma3.filters import Sampling
 from gemma3.params import param_shapes
 from grpo.pages import report
@@ -19,6 +18,7 @@ from grpo.run import checkpoint
 from grpo.run.describe import described
 from grpo.run.devices import peak_memory
 from grpo.run.log import RunLog, write_json
+from grpo.run.memory import choose_gather, decoding_bytes, device_memory
 from grpo.run.processes import is_first, on_any_process
 from grpo.run.samples import told
 from grpo.run.setup import Data, make_schedule
