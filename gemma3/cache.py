@@ -64,8 +64,13 @@ def empty_caches(config: Config, rows: tuple[int, int], length: int, like: KeyVa
     return [KeyValues(zeros(slots), zeros(slots)) for slots in cache_slots(config, length)]
 
 
-def write(cache: jax.Array, new: jax.Array, t: jax.Array) -> jax.Array:
-    """Put the keys or values [Q, K, G, 1, H] of token t into a cache [Q · K · G, S, H]."""
+def write(cache: jax.Array, new: jax.Array, t: jax.Array, after: jax.Array) -> jax.Array:
+    """Put the keys or values [Q, K, G, 1, H] of token t into a cache [Q · K · G, S, H], `after` was computed from it.
+
+    XLA writes in place where it sees that nothing reads the old cache later. Otherwise a CPU would copy the whole
+    cache, for each token. So the slot is made to depend on `after`: as long as that is not NaN, t stays t.
+    """
+    t += jnp.isnan(after.reshape(-1)[0]).astype(jnp.int32)
     new = new.reshape(-1, 1, new.shape[-1])
     return jax.lax.dynamic_update_slice_in_dim(cache, new, t % cache.shape[1], axis=1)
 

@@ -87,12 +87,13 @@ def decode(
         layer = layer_after(x)
         window, num_keys = layer.kind.window, prompt.kv.k.shape[2]
         on_prompt = shared_mask(positions, fixed.prompt_lengths, prompt.starts, num_keys, window)
-        on_own = own_mask(t[None], held_tokens(cache.k.shape[1], t), window)
+        on_own = own_mask(t[None], held_tokens(cache.k.shape[1], t - 1), window)
+        on_itself = own_mask(t[None], t[None], window)
 
-        def attention(q, k, v, prompt=prompt, cache=cache, on_prompt=on_prompt, on_own=on_own):
-            own = KeyValues(write(cache.k, k, t), write(cache.v, v, t))
-            sets = [(prompt.kv, on_prompt), (own, on_own)]
-            return attend(q, sets, scale=config.query_scale, softcap=config.attention_softcap), own
+        def attention(q, k, v, prompt=prompt, cache=cache, on_prompt=on_prompt, on_own=on_own, on_itself=on_itself):
+            sets = [(prompt.kv, on_prompt), (cache, on_own), (KeyValues(k, v), on_itself)]
+            mixed = attend(q, sets, scale=config.query_scale, softcap=config.attention_softcap)
+            return mixed, KeyValues(write(cache.k, k, t, mixed), write(cache.v, v, t, mixed))
 
         x, own = block(layer, x, positions, attention, config=config)
         new_caches.append(own)

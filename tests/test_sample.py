@@ -25,7 +25,6 @@ from test_filters import ALLOWED, FORBIDDEN, chi_square
 from tiny_models import IMAGE_ID, tiny_model, tiny_multimodal_config, tiny_text_config
 
 from benchmarks import roofline
-from gemma3.cache import decoding_bytes
 from gemma3.files.published import CONFIGS
 from gemma3.filters import Sampling
 from gemma3.lora import LoraConfig, Policy, init_lora
@@ -35,6 +34,7 @@ from gemma3.params import param_shapes
 from gemma3.sample import Completions, PromptBatch, sample
 from grpo.plan.programs import topology_mesh
 from grpo.rollout import encode_on_mesh
+from grpo.run.memory import decoding_bytes
 
 MAX_PROMPT, LENGTH, GROUP, WINDOW = 24, 19, 3, 8
 FREE = Sampling(num_generations=GROUP, max_completion_length=LENGTH)
@@ -329,7 +329,10 @@ def test_the_decode_loop_fits_a_tpu(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which holds the TPU compiler, is not installed")
 def test_a_decode_step_moves_little_more_than_it_must(monkeypatch):
-    """4b on eight v5e chips: at most 1.10 times the bytes of the weights and of all keys and values, each read once."""
+    """4b on eight v5e chips: at most 1.10 times the bytes of the weights and of all keys and values, each read once.
+
+    Before a token's own key was a set of keys by itself, each cache was written back whole: 1.22 times.
+    """
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     row = roofline.count(CONFIGS["gemma-3-4b-it"], roofline.Setting())
     assert row.least == pytest.approx(2.58e9, rel=0.01)
