@@ -25,7 +25,7 @@ from gemma3.files.hub import resolve
 from gemma3.mesh import Model, make_mesh
 from gemma3.tokenizer import Tokenizer
 from grpo.pages.report import write_pages
-from grpo.reader import Reader
+from grpo.reader import Reader, rounded_up
 from grpo.run.cli import clean_errors, parse
 from grpo.run.devices import check_mesh, keep_compiled, mesh_shape, simulate_devices
 from grpo.use.eval_settings import EvalSettings, Found, find_models, load_models, resolve_settings, resolve_use
@@ -47,10 +47,11 @@ def measure(settings: EvalSettings, found: Found, reader: Reader) -> None:
     if s.split == "all" and trained_on(s.data, found.run):
         print("note: --split all includes examples that this run trained on")
     examples = load_held_out(s.data, s.split, s.limit, skip_missing_images=s.skip_missing_images)
-    examples = reader.that_fit(with_images(examples, s.images, s.seed), s.data)
+    examples, longest = reader.that_fit(with_images(examples, s.images, s.seed), s.data)
     asked, given = by_purpose(examples, reader, s.max_completion_length, s.data)
     rewards = given_rewards(given, reader, s.reward, s.max_completion_length) if given else []
-    reader = replace(reader, max_images=reader.most_images(examples))
+    room = rounded_up(longest, s.max_prompt_length)
+    reader = replace(reader, max_prompt_length=room, max_images=reader.most_images(examples))
     batch_size = min(s.batch_size, max(len(asked), len(given)))
 
     s.out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from gemma3.lora import Policy
 from gemma3.sample import Completions, PromptBatch
 from grpo.algorithm import zero_std_groups
-from grpo.reader import Reader, Row
+from grpo.reader import Reader, Row, rounded_up
 from grpo.rollout import put_prompts, roll_out, take_rows
 from grpo.run.processes import held_rows, of_all_rows, on_any_process, rows_on_host
 from grpo.trainer import Trainer
@@ -144,6 +144,13 @@ def choose_groups(batches: Sequence[Groups], chosen: Sequence[int]) -> Groups:
     )
 
 
+def cut_to_longest(groups: Groups) -> Groups:
+    """Cut the arrays of tokens behind the longest completion, at one of a few sizes: what follows costs no more."""
+    ids, mask, logps, finished = groups.completions
+    longest = rounded_up(int(groups.lengths.max()), ids.shape[2])
+    return groups._replace(completions=Completions(*(x[..., :longest] for x in (ids, mask, logps)), finished))
+
+
 def collect(trainer: Trainer, policy: Policy, rows: Iterator[Row], step: int) -> Groups:
     """One step's groups of completions, rewarded.
 
@@ -158,9 +165,8 @@ def collect(trainer: Trainer, policy: Policy, rows: Iterator[Row], step: int) ->
         dull = np.concatenate([np.asarray(zero_std_groups(groups.rewards)) for groups in batches])
         if (~dull).sum() >= size:
             break
-    if len(batches) == 1:
-        return batches[0]
-    return choose_groups(batches, np.sort(np.argsort(dull, kind="stable")[:size]))
+    chosen = np.sort(np.argsort(dull, kind="stable")[:size])
+    return cut_to_longest(batches[0] if len(batches) == 1 else choose_groups(batches, chosen))
 
 
 def mean_and_std(values: np.ndarray) -> tuple[float, float]:

@@ -92,16 +92,29 @@ class Reader:
         if tokens > self.max_prompt_length:
             raise ValueError(f"the prompt has {tokens} tokens, more than --max-prompt-length {self.max_prompt_length}")
 
-    def that_fit(self, examples: list[Example], name: str) -> list[Example]:
-        """Leave out examples whose prompt is too long, and say how many: a prompt is never cut."""
-        limit = self.max_prompt_length
-        fitting = [example for example in examples if self.length(example) <= limit]
+    def that_fit(self, examples: list[Example], name: str) -> tuple[list[Example], int]:
+        """Leave out examples whose prompt is too long, and say how many: a prompt is never cut.
+
+        Returns the others, and how many tokens the longest of their prompts has.
+        """
+        limit, lengths = self.max_prompt_length, [self.length(example) for example in examples]
+        fitting = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
         if len(fitting) < len(examples):
             left_out = len(examples) - len(fitting)
             print(f"{name}: {left_out} of {len(examples)} prompts are longer than {limit} tokens and left out")
         if not fitting:
             raise ValueError(f"{name}: none of {len(examples)} prompts is within --max-prompt-length {limit}; raise it")
-        return fitting
+        return fitting, max(length for length in lengths if length <= limit)
+
+
+def rounded_up(length: int, limit: int) -> int:
+    """The size that an array of `length` tokens is padded to: 32, 40, 48, 56, 64, 80, 96, 112, 128, ..., or `limit`.
+
+    There are four sizes for each doubling, so at most a fifth is padding. A function is compiled once for each size.
+    """
+    length = max(length, 32)
+    unit = 1 << (length - 1).bit_length() - 3
+    return min(-(-length // unit) * unit, limit)
 
 
 def read_rows(

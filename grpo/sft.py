@@ -12,7 +12,7 @@ from data.example import Example
 from data.prompt import demonstration
 from grpo.algorithm import LossBatch, token_weights
 from grpo.groups import given_completions
-from grpo.reader import Row
+from grpo.reader import Row, rounded_up
 from grpo.rollout import put_prompts, split_over_data
 from grpo.step import StepResult
 from grpo.trainer import Trainer
@@ -34,6 +34,8 @@ def sft_step(trainer: Trainer, state: TrainState, rows: Iterator[Row], step: int
     prompts = put_prompts(policy, rows, reader, keep_pixels=trainer.keeps_pixels(policy))
     texts = [[solution(row.example, reader.format)] for row in rows]
     ids, mask = given_completions(rows, texts, reader, (1, s.max_completion_length))
+    longest = rounded_up(int(mask.sum(axis=-1).max()), s.max_completion_length)
+    ids, mask = ids[..., :longest], mask[..., :longest]
     weights = token_weights("dapo", jnp.asarray(mask), max_completion_length=s.max_completion_length)
     arrays = (ids, np.zeros(mask.shape[:2], np.float32), mask, weights)
     ids, *parts = (split_over_data(array, reader.model.mesh) for array in arrays)

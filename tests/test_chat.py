@@ -221,7 +221,7 @@ def test_a_strategy_is_spelled_in_numbers():
 def test_rooms_are_few_and_have_a_limit(answerer):
     reader = replace(answerer.reader, max_prompt_length=500)
     lengths = [with_room(reader, tokens, 0).max_prompt_length for tokens in (1, 64, 65, 257, 500)]
-    assert lengths == [64, 64, 128, 500, 500]
+    assert lengths == [32, 64, 80, 320, 500]
     assert [with_room(reader, 9, images).max_images for images in (0, 1, 2, 3, 5)] == [0, 1, 2, 4, 8]
     with pytest.raises(ValueError, match="the prompt has 501 tokens, more than --max-prompt-length 500"):
         with_room(reader, 501, 0)

@@ -19,7 +19,7 @@ from gemma3.mesh import DATA, Model, make_mesh, on_one_device
 from gemma3.model import completion_stats, encode_images
 from gemma3.params import init_params
 from gemma3.sample import Completions, PromptBatch
-from grpo.reader import Prompt, Reader, Row
+from grpo.reader import Prompt, Reader, Row, rounded_up
 from grpo.rollout import put_prompts, roll_out, take_rows
 
 CONFIG = replace(NANO, num_layers=2, layer_types=("sliding_attention", "full_attention"))
@@ -141,3 +141,11 @@ def test_rows_of_several_batches_are_counted_through_them():
 
     jax.tree.map(same, taken, first, second)
     assert taken[0].pixels is None
+
+
+def test_sizes_are_few_and_waste_at_most_a_fifth():
+    sizes = [rounded_up(length, 10_000) for length in range(1, 10_001)]
+    assert sorted(set(sizes))[:9] == [32, 40, 48, 56, 64, 80, 96, 112, 128] and len(set(sizes)) == 34
+    assert all(length <= size for length, size in zip(range(1, 10_001), sizes, strict=True))
+    assert min(length / size for length, size in zip(range(33, 10_001), sizes[32:], strict=True)) > 0.8
+    assert [rounded_up(length, 500) for length in (1, 499, 500)] == [32, 500, 500]

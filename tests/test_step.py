@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import assert_same_samples, pixels
+from oracle import assert_close, assert_same_samples, pixels
 from tiny import write_tokenizer
 
 from data.example import Example
@@ -28,7 +28,7 @@ from gemma3.params import Params, init_params
 from gemma3.tokenizer import Tokenizer
 from grpo.algorithm import group_advantages, leave_one_out_advantages
 from grpo.groups import sample_groups
-from grpo.reader import Prompt, Reader, Row
+from grpo.reader import Prompt, Reader, Row, rounded_up
 from grpo.run.devices import mesh_shape
 from grpo.run.samples import told
 from grpo.run.settings import Settings, resolve_defaults
@@ -246,7 +246,7 @@ def test_preference_pairs_raise_the_chosen_completion_against_the_rejected_one()
 def test_truncated_completions_are_left_out_of_the_loss_where_asked():
     """No stop id may be sampled, so all are cut: nothing is left to learn from."""
     endless, learns = copy.copy(tokenizer()), {}
-    endless.allowed = set(FewWords.allowed) - set(CONFIG.stop_ids)
+    endless.allowed = sorted(set(FewWords.allowed) - set(CONFIG.stop_ids))
     for mask_truncated in (False, True):
         trainer = make_trainer(mask_truncated_completions=mask_truncated)
         trainer = replace(trainer, reader=replace(trainer.reader, tokenizer=endless))
@@ -254,6 +254,26 @@ def test_truncated_completions_are_left_out_of_the_loss_where_asked():
         assert metrics["completions/clipped_ratio"] == 1 and metrics["finite"] == 1
         learns[mask_truncated] = metrics["grad_norm"] > 0
     assert learns == {False: True, True: False}
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
+def test_what_lies_behind_the_longest_completion_is_cut_and_was_worth_nothing(loss_type, monkeypatch):
+    """A step on completions cut to 32 of 80 tokens is the step on all 80, to rounding; most of them stop early."""
+
+    def step() -> tuple[int, dict[str, float], TrainState]:
+        trainer = make_trainer(max_completion_length=80, loss_type=loss_type, beta=0.04)
+        result = grpo_step(trainer, begin(trainer), stream(), 0)
+        return result.groups.completions.ids.shape[2], result.metrics, result.state
+
+    size, metrics, state = step()
+    monkeypatch.setattr("grpo.groups.rounded_up", lambda length, limit: limit)
+    whole_size, whole_metrics, whole_state = step()
+    longest = metrics["completions/max_length"]
+    assert longest <= size == rounded_up(int(longest), 80) < whole_size == 80
+    for name in ("loss", "grad_norm", "entropy", "kl", "completions/mean_length"):
+        np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    for ours, expected in zip(*map(jax.tree.leaves, (state.trainable, whole_state.trainable)), strict=True):
+        assert_close(ours, expected, atol=1e-5)
 
 
 def test_iterations_reuse_samples_against_the_log_probs_of_before_the_first():

@@ -38,14 +38,14 @@ GOOD, BAD = "#2e9e56", "#d9534f"  # readable on white and on black
 NUMBER_OF_TRIES = 200  # questions, of which about one in four will do
 LEAST_OF_EACH = 3  # right completions in the group, and as many wrong ones
 
-# One group, so that every number of the step can be shown, and the paper's loss. Four updates on the same samples, at a
+# One group, so that every number of the step can be shown, and the paper's loss. Five updates on the same samples, at a
 # learning rate that moves a few tokens of most groups out of the clip range, and no group far away.
 STORY = {
     "prompts_per_step": 1,
     "loss_type": "grpo",
     "beta": 0.04,
     "use_bias_correction_kl": False,
-    "num_iterations": 4,
+    "num_iterations": 5,
     "learning_rate": 2e-4,
     "lr_scheduler": "constant",
     "warmup_steps": 0,

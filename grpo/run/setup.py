@@ -23,7 +23,7 @@ from gemma3.lora import init_lora
 from gemma3.mesh import Model, make_mesh
 from gemma3.params import Params, init_params
 from gemma3.tokenizer import Tokenizer
-from grpo.reader import Reader
+from grpo.reader import Reader, rounded_up
 from grpo.run.devices import check_mesh, mesh_shape
 from grpo.run.processes import exchange, is_first
 from grpo.run.settings import Settings, check_batch, lora_config, loss_config
@@ -160,10 +160,12 @@ def prepare(settings: Settings) -> tuple[Trainer, Data, TrainState]:
         settings.max_prompt_length,
     )
     reward = make_reward_function(settings.reward, settings.format, max_tokens=settings.max_completion_length)
-    train = with_short_completions(reader.that_fit(train, "training data"), reader, settings)
-    held_out = reader.that_fit(held_out, "held-out data")
+    train, longest = reader.that_fit(train, "training data")
+    train = with_short_completions(train, reader, settings)
+    held_out, longest_held_out = reader.that_fit(held_out, "held-out data")
     data = Data(train, *by_purpose(held_out, reader, settings.max_completion_length, "held-out data"))
-    reader = replace(reader, max_images=reader.most_images(train + held_out))
+    room = rounded_up(max(longest, longest_held_out), settings.max_prompt_length)
+    reader = replace(reader, max_prompt_length=room, max_images=reader.most_images(train + held_out))
 
     print(f"reading the weights of {settings.model}")
     _, params = load_checkpoint(settings.model, jnp.dtype(settings.dtype), mesh)

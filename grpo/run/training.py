@@ -62,6 +62,7 @@ class TrainingRun:
     def __init__(self, trainer: Trainer, data: Data):
         self.trainer, self.settings, self.data = trainer, trainer.settings, data
         self.step, self.cursor, self.before, self.after = 0, 0, None, None
+        self._sizes: set[int] = set()
         self._started, self._rate = time.perf_counter(), make_schedule(trainer.settings)
 
     def restored(self, state: TrainState) -> TrainState:
@@ -114,15 +115,25 @@ class TrainingRun:
             self._log.say(spoken("held-out accuracy before", self.before))
         write_json(s.out / "summary.json", {"before": self.before})
         shapes = param_shapes(reader.model.config, self.trainer.learner.dtype)
-        sizes = (s.prompts_per_step, s.max_prompt_length, self.trainer.settings.sampling)
+        sizes = (s.prompts_per_step, reader.max_prompt_length, self.trainer.settings.sampling)
         self._log.say(choose_gather(decoding_bytes(shapes, reader.model, *sizes), device_memory())[1])
         order = shuffled(len(self.data.train), s.seed, self.cursor)
         return read_rows(self.data.train, order, reader, s.prompts_per_step, first_index=self.cursor)
+
+    def _say_new_size(self, size: int) -> None:
+        """Say to what size completions were cut, the first time they are cut to it; updates are compiled for each."""
+        limit = self.settings.max_completion_length
+        if size not in {limit, *self._sizes}:
+            mean, longest = (self.metrics[f"completions/{name}_length"] for name in ("mean", "max"))
+            found = f"completions: mean {mean:.0f}, longest {longest:.0f} of {limit}"
+            self._log.say(f"{found}; updates run on {size} tokens of each and are compiled once a size")
+        self._sizes.add(size)
 
     def advance(self, result: StepResult) -> TrainState:
         """Count a step, log its samples and return its state; a step whose update was not finite ends the run."""
         s, self.metrics = self.settings, dict(result.metrics)
         if result.groups is not None:
+            self._say_new_size(result.groups.completions.ids.shape[2])
             self._log.samples(self.step + 1, told(self.trainer, result))
         if not self.metrics.pop("finite"):
             self.give_up(result.state, f"the loss, {self.metrics['loss']:g}, or its gradient is not finite")

@@ -24,10 +24,9 @@ from gemma3.lora import Policy
 from gemma3.sample import Completions, OnToken
 from gemma3.tokenizer import Tokenizer
 from grpo.pages.story import half_blocks
-from grpo.reader import Prompt, Reader, Row
+from grpo.reader import Prompt, Reader, Row, rounded_up
 from grpo.rollout import put_prompts, roll_out
 
-_SHORTEST = 64  # tokens: a prompt is padded to a power of two, at least this one
 # Characters that move a terminal's cursor, colour it, or turn the direction of its text; tab and newline may stay.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _STYLES = {"reasoning": "dim", "answer": "bold", "": ""}
@@ -57,9 +56,9 @@ def with_room(reader: Reader, tokens: int, images: int) -> Reader:
     Each size is compiled once, so there are only a few sizes.
     """
     reader.check_length(tokens)
-    padded = max(_SHORTEST, 1 << (tokens - 1).bit_length())
+    room = rounded_up(tokens, reader.max_prompt_length)
     most_images = 1 << (images - 1).bit_length() if images else 0
-    return replace(reader, max_prompt_length=min(padded, reader.max_prompt_length), max_images=most_images)
+    return replace(reader, max_prompt_length=room, max_images=most_images)
 
 
 def answer(

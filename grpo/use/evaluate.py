@@ -17,7 +17,7 @@ from gemma3.filters import Sampling
 from gemma3.lora import Policy
 from gemma3.sample import PromptBatch
 from grpo.groups import given_completions
-from grpo.reader import Prompt, Reader, Row, read_rows
+from grpo.reader import Prompt, Reader, Row, read_rows, rounded_up
 from grpo.rollout import put_prompts, roll_out, split_over_data
 from grpo.run.processes import held_rows, of_all_rows, rows_on_host
 from grpo.update import completion_logps
@@ -127,7 +127,8 @@ def given_logps(
 ) -> list[list[float]]:
     """The log-prob of each completion that the examples bring, summed over its tokens."""
     mesh, logps = reader.model.mesh, []
-    shape = (max(len(example.completions) for example in examples), max_completion_length)
+    longest = max(len(reader.completion(text)) for example in examples for text in example.completions)
+    shape = (max(len(example.completions) for example in examples), rounded_up(longest, max_completion_length))
     for batch, prompts in read_batches(policy, examples, reader, batch_size):
         ids, mask = given_completions(batch, [row.example.completions for row in batch], reader, shape)
         padded = np.full((len(prompts.ids), *shape), reader.model.config.pad_id, np.int32)
