@@ -45,7 +45,8 @@ def num_blocks(vocab_size: int) -> int:
     It is 512 for 262,144 ids and 1088 for 262,208. It does not depend on the mesh, whose shards hold whole blocks.
     """
     shards = math.gcd(vocab_size, 64)
-    return next(n for n in range(shards, vocab_size + 1, shards) if vocab_size % n == 0 and n * n >= vocab_size)
+    possible = [n for n in range(shards, vocab_size + 1, shards) if vocab_size % n == 0]
+    return min(possible, key=lambda n: abs(math.log(n * n / vocab_size)))
 
 
 def by_block(x: jax.Array) -> jax.Array:

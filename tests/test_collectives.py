@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from gemma3.config import Config, layer_pattern
 from gemma3.files.published import NANO
-from gemma3.filters import Sampling
+from gemma3.filters import Sampling, num_blocks
 from gemma3.lora import LoraConfig, Policy, init_lora
 from gemma3.mesh import DATA, TENSOR, Model, make_mesh
 from gemma3.params import Params, param_shapes
@@ -168,23 +168,25 @@ def lowered_update(kind: str):
 
 @pytest.mark.parametrize("gather_once", [True, False])
 def test_a_decode_step_sums_two_hidden_states_a_layer_and_five_numbers_a_row(gather_once):
-    """The embedding is looked up in parts: one sum. Attention and MLP: one sum each per layer. Then five numbers a row
-    and one that is not used: two for the choice (the highest logit plus noise, its lowest id), three for the log-prob
-    (the highest logit, the sum of exp, the chosen logit). The compiler can remove the sixth, the entropy's. Whether to
-    go on is one sum over `data`. Weights are gathered in the step only if they were not gathered before the loop.
+    """The embedding is looked up in parts: one sum. Attention and MLP: one sum each per layer. Then five numbers a row:
+    three for the choice (the highest logit, the chosen one, its id), two for the log-prob (the highest logit, the sum
+    of exp). The choice asks for its highest logit twice; the compiler keeps one. The masses of the vocabulary's blocks
+    are joined. Whether to go on is one sum over `data`. Weights are gathered in the step only if they were not gathered
+    before the loop.
     """
     outside, prompt_layer, unfinished, step = loops(lowered_sample(gather_once))
     weights = gathers((BLOCKS, adapter()))
     all_layers = Counter({key: L * count for key, count in weights.items()})
     number = collective("all_reduce", TENSOR, ROWS, G)
     once, each_token = (all_layers, Counter()) if gather_once else (Counter(), all_layers)
-    assert step == each_token + Counter({collective("all_reduce", TENSOR, ROWS, G, D): 1 + 2 * L, number: 5 + 1})
+    choice = Counter({number: 5 + 1, collective("all_gather", TENSOR, num_blocks(V), ROWS, G): 1})
+    assert step == each_token + choice + Counter({collective("all_reduce", TENSOR, ROWS, G, D): 1 + 2 * L})
     assert unfinished == Counter([collective("all_reduce", DATA)])
 
     # Before the loop the prompts are read, and the first token is sampled.
     hidden = collective("all_reduce", TENSOR, ROWS, P, D)
     assert prompt_layer == weights + Counter({hidden: 2})
-    assert outside == once + Counter({EMBEDDING: 2, hidden: 1, number: 5})
+    assert outside == once + Counter({EMBEDDING: 2, hidden: 1}) + choice
 
 
 def gradient_sums(trained) -> Counter:

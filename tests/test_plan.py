@@ -13,6 +13,7 @@ import jax
 import pytest
 from rich.console import Console
 
+import grpo.groups
 import grpo.rollout
 import grpo.sft
 import grpo.step
@@ -63,7 +64,12 @@ def described(tree) -> list:
     ],
 )
 def test_programs_are_called_as_a_run_calls_them(flags, names, monkeypatch):
-    """The arguments of a real step have the planned shapes, dtypes and splits; its settings are equal."""
+    """The arguments of a real step have the planned shapes, dtypes and splits; its settings are equal.
+
+    A plan is for completions as long as the limit allows; a step on shorter ones cuts them.
+    """
+    for module in (grpo.groups, grpo.sft):
+        monkeypatch.setattr(module, "rounded_up", lambda length, limit: limit)
     settings = resolve_defaults(Settings(**SMALL | flags))
     trainer, data, state = prepare(settings)
     calls = []
