@@ -30,9 +30,9 @@ from grpo.run.cli import clean_errors, parse
 from grpo.run.devices import check_mesh, keep_compiled, mesh_shape, simulate_devices
 from grpo.use.eval_settings import EvalSettings, Found, find_models, load_models, resolve_settings, resolve_use
 from grpo.use.evaluate import by_purpose, evaluate, given_logps, load_held_out, trained_on, with_images
-from grpo.use.results import compare, given_rewards, judge, preference_lines, publish, result_lines
+from grpo.use.results import given_rewards, judge, preference_lines, publish, result_lines
 from grpo.use.use import use
-from reward.report import spoken
+from reward.report import preference_accuracy, spoken
 
 _BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
 
@@ -68,7 +68,8 @@ def measure(settings: EvalSettings, found: Found, reader: Reader) -> None:
             print(spoken(name, figures[name]))
         if given:
             logps = given_logps(policy, given, reader, s.max_completion_length, batch_size)
-            figures[name]["preference"] = compare(given, rewards, logps)
+            by = {"policy": logps, "reward": rewards}
+            figures[name]["preference"] = {who: preference_accuracy(given, values) for who, values in by.items()}
             lines += preference_lines(name, given, rewards, logps)
         del policy  # before the next model is read
     publish(figures, lines, answered, dataset, s)

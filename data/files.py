@@ -1,7 +1,5 @@
 """What the datasets share: the split by hash, paths that stay in their folder, images kept on the disk, reports of
 bad rows, downloads.
-
-Rests on the standard library and, to download, huggingface_hub.
 """
 
 import hashlib

@@ -27,8 +27,11 @@ def letter(index: int) -> str:
     return chr(ord("A") + index)
 
 
-def official_hint(example: Example) -> str:
-    """MathVista's hint line for the example's kind of answer; ValueError for a kind that MathVista does not have."""
+def official_query(example: Example) -> str:
+    """MathVista's zero-shot prompt, character for character the `query` column of its published files.
+
+    ValueError for a kind of answer that MathVista does not have.
+    """
     if example.question_type == "multi_choice":
         kind = "multi_choice"
     elif example.answer_type == "float":
@@ -39,15 +42,11 @@ def official_hint(example: Example) -> str:
         raise ValueError(
             f"example {example.id} asks for {kind!r}, which MathVista has no hint for; choose another --wording"
         )
-    return f"Hint: Please answer the question {_OFFICIAL_HINTS[kind]}"
-
-
-def official_query(example: Example) -> str:
-    """MathVista's zero-shot prompt, character for character the `query` column of its published files."""
+    hint = f"Hint: Please answer the question {_OFFICIAL_HINTS[kind]}"
     unit = f" (Unit: {example.unit})" if example.unit else ""
     choices = "".join(f"\n({letter(i)}) {choice}" for i, choice in enumerate(example.choices))
     choices = f"\nChoices:{choices}" if example.choices else ""
-    return f"{official_hint(example)}\nQuestion: {example.question}{unit}{choices}".strip()
+    return f"{hint}\nQuestion: {example.question}{unit}{choices}".strip()
 
 
 def instruction(format: str) -> str:
@@ -67,9 +66,8 @@ def _answer_form(example: Example) -> str:
     if example.answer_type == "integer":
         return f"Answer with an integer{unit}."
     if example.answer_type == "float" and example.precision is not None:
-        return (
-            f"Answer with a number{unit}, rounded to {example.precision} decimal place{'s'[: example.precision != 1]}."
-        )
+        places = "decimal place" if example.precision == 1 else "decimal places"
+        return f"Answer with a number{unit}, rounded to {example.precision} {places}."
     if example.answer_type == "float":
         return f"Answer with a number{unit}."
     if example.answer_type == "list":

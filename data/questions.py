@@ -1,7 +1,4 @@
-"""Questions to try a model on: built-in problems of several domains, and files of a user's own.
-
-Rests on data/jsonl.py and data/synthetic.py.
-"""
+"""Questions to try a model on: built-in problems of several domains, and files of a user's own."""
 
 from pathlib import Path
 from random import Random

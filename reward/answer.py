@@ -124,8 +124,14 @@ def ground_truth(example: Example) -> Value | None:
     return number
 
 
-def _value(candidate: str, example: Example, truth: Value) -> Value | None:
-    """What `candidate` says, read as the same kind of value as `truth`; None where it says no such value."""
+def read_value(candidate: str | None, example: Example) -> Value | None:
+    """What the text of an answer says, read as a value of the ground truth's kind; None where it says no such value."""
+    truth = ground_truth(example)
+    if candidate is None or truth is None:
+        return None
+    candidate = candidate.strip()
+    if len(candidate) > MAX_ANSWER_CHARS + 2 * len(example.answer):
+        return None
     if example.question_type == "multi_choice":
         return _read_choice(candidate, example)
     if isinstance(truth, tuple):
@@ -134,17 +140,6 @@ def _value(candidate: str, example: Example, truth: Value) -> Value | None:
         return _rounded_number(candidate, example, question_words(example.question))
     texts = (candidate, strip_lead(strip_markup(candidate)))
     return truth if truth in [normalise(text).casefold() for text in texts] else None
-
-
-def read_value(candidate: str | None, example: Example) -> Value | None:
-    """What the text of an answer says, read as a value of the ground truth's kind; None where it says no such value."""
-    if candidate is None:
-        return None
-    candidate = candidate.strip()
-    if len(candidate) > MAX_ANSWER_CHARS + 2 * len(example.answer):
-        return None
-    truth = ground_truth(example)
-    return None if truth is None else _value(candidate, example, truth)
 
 
 def is_correct(candidate: str | None, example: Example) -> bool:

@@ -29,10 +29,8 @@ def edit_distance(a: str, b: str) -> int:
     return previous[-1]
 
 
-def _choice(extraction: str, choices: Sequence[str], *, ignore_empty: bool) -> str | None:
+def _choice(extraction: str, choices: Sequence[str]) -> str:
     extraction = extraction.strip()
-    if ignore_empty and not extraction:
-        return None
     if bracketed := re.search(r"\(([a-zA-Z])\)", extraction):
         extraction = bracketed.group(1).upper()
     letters = [chr(ord("A") + i) for i in range(len(choices))]
@@ -41,12 +39,12 @@ def _choice(extraction: str, choices: Sequence[str], *, ignore_empty: bool) -> s
     return min(choices, key=lambda choice: edit_distance(extraction, choice))
 
 
-def normalise(extraction: str, example: Example, *, scorer: str = "current", ignore_empty: bool = False) -> str | None:
+def normalise(extraction: str, example: Example, *, scorer: str = "current") -> str | None:
     """The official prediction for an extraction, as text in the form of `example.answer`; None where there is none.
 
     Multiple choice: the choice named by the first letter in round brackets or by a bare capital, else the choice of
-    smallest edit distance, the first of several; `ignore_empty` gives None for an empty extraction instead. Integer:
-    truncated toward zero. Float: Python's rounding to `example.precision`. List: the text itself.
+    smallest edit distance, the first of several. Integer: truncated toward zero. Float: Python's rounding to
+    `example.precision`. List: the text itself.
 
     `scorer="published"` reads integers without passing through a float, so "2.0" gives None. Raises ValueError for an
     unknown scorer or a question that MathVista has no rule for.
@@ -54,7 +52,7 @@ def normalise(extraction: str, example: Example, *, scorer: str = "current", ign
     if scorer not in SCORERS:
         raise ValueError(f"scorer is {scorer!r}; it must be one of {', '.join(SCORERS)}")
     if example.question_type == "multi_choice":
-        return _choice(extraction, example.choices, ignore_empty=ignore_empty)
+        return _choice(extraction, example.choices)
     if example.answer_type == "list":
         return extraction
     try:
@@ -75,10 +73,10 @@ def verdict(prediction: str | None, example: Example) -> bool:
     return prediction == example.answer
 
 
-def score(response: str, example: Example, *, scorer: str = "current", ignore_empty: bool = False) -> dict[str, Any]:
+def score(response: str, example: Example, *, scorer: str = "current") -> dict[str, Any]:
     """The extraction, prediction and verdict of one response, under the repository's key names."""
     extraction = extract(response, example)
-    prediction = normalise(extraction, example, scorer=scorer, ignore_empty=ignore_empty)
+    prediction = normalise(extraction, example, scorer=scorer)
     return {
         "response": response,
         "extraction": extraction,
@@ -123,26 +121,24 @@ def breakdown(examples: Sequence[Example], verdicts: Sequence[bool]) -> dict[str
     return scores
 
 
-def _problem(example: Example) -> dict[str, Any]:
-    """An example as a record of the repository's data/testmini.json, with the query."""
-    return {
-        "question": example.question,
-        "image": f"images/{example.id}.jpg",
-        "choices": list(example.choices) or None,
-        "unit": example.unit,
-        "precision": example.precision,
-        "answer": example.answer,
-        "question_type": example.question_type,
-        "answer_type": example.answer_type,
-        "pid": example.id,
-        "metadata": example.metadata,
-        "query": example.query,
-    }
-
-
 def write_output(path: Path, examples: Sequence[Example], results: Sequence[dict[str, Any]]) -> None:
     """Writes the repository's output file: for each pid, one object with the problem and the result of `score`."""
-    records = {e.id: _problem(e) | result for e, result in zip(examples, results, strict=True)}
+    records = {}
+    for example, result in zip(examples, results, strict=True):
+        problem = {
+            "question": example.question,
+            "image": f"images/{example.id}.jpg",
+            "choices": list(example.choices) or None,
+            "unit": example.unit,
+            "precision": example.precision,
+            "answer": example.answer,
+            "question_type": example.question_type,
+            "answer_type": example.answer_type,
+            "pid": example.id,
+            "metadata": example.metadata,
+            "query": example.query,
+        }
+        records[example.id] = problem | result
     Path(path).write_text(json.dumps(records, indent=4), encoding="utf-8")
 
 

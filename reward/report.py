@@ -6,6 +6,7 @@ once, with the mean over its samples: samples of one problem are not independent
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from math import fsum, isnan
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -42,21 +43,21 @@ def completion_is_correct(completion: str, example: Example, format: str) -> boo
 
 def figure(values: Sequence[float]) -> dict[str, Any]:
     """The figure of one number from 0 to 1 for each example. ValueError if there are none."""
-    low, high = wilson_interval(fsum(values), len(values))
-    return {"accuracy": fsum(values) / len(values), "interval": [low, high], "n": len(values)}
+    return _proportion(fsum(values), len(values))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return fsum(values) / len(values)
+def _proportion(correct: float, n: int) -> dict[str, Any]:
+    interval = list(wilson_interval(correct, n))  # refuses n = 0
+    return {"accuracy": correct / n, "interval": interval, "n": n}
 
 
 def summary(results: Results) -> dict[str, Any]:
     """The figure of our own strict judgement, the format rate, the share of cut completions and the mean length."""
     flat = [result for group in results for result in group]
-    return figure([_mean([result.correct for result in group]) for group in results]) | {
-        "format_rate": _mean([result.well_formed for result in flat]),
-        "truncated": _mean([not result.finished for result in flat]),
-        "mean_tokens": _mean([result.tokens for result in flat]),
+    return figure([fmean([result.correct for result in group]) for group in results]) | {
+        "format_rate": fmean([result.well_formed for result in flat]),
+        "truncated": fmean([not result.finished for result in flat]),
+        "mean_tokens": fmean([result.tokens for result in flat]),
     }
 
 
@@ -94,7 +95,7 @@ def by_metadata(results: Results, keys: Sequence[str]) -> dict[str, dict]:
     for key in keys:
         values: dict[str, list[float]] = {}
         for group in results:
-            values.setdefault(group[0].example.metadata[key], []).append(_mean([result.correct for result in group]))
+            values.setdefault(group[0].example.metadata[key], []).append(fmean([result.correct for result in group]))
         found[key] = {name: figure(values[name]) for name in sorted(values)}
     return found
 
@@ -106,7 +107,7 @@ def gsm8k_figures(results: Results, format: str | None) -> dict[str, dict]:
         "flexible": lambda result: gsm8k.flexible_answer(result.completion),
     }
     return {
-        name: figure([_mean([gsm8k.is_correct(read(r), r.example) for r in group]) for group in results])
+        name: figure([fmean([gsm8k.is_correct(read(r), r.example) for r in group]) for group in results])
         for name, read in readers.items()
     }
 
@@ -125,14 +126,9 @@ def score_mathvista(results: Results, scorer: str) -> MathVista:
     examples = [group[0].example for group in results]
     records = [mathvista.score(group[0].completion, group[0].example, scorer=scorer) for group in results]
     scores = mathvista.breakdown(examples, [record["true_false"] for record in records])
-
-    def to_figure(cell: dict) -> dict:
-        interval = list(wilson_interval(cell["correct"], cell["total"]))
-        return {"accuracy": cell["accuracy"], "interval": interval, "n": cell["total"]}
-
-    figures = {"all": to_figure(scores["average"])}
+    figures = {"all": _proportion(scores["average"]["correct"], scores["average"]["total"])}
     for key in mathvista.SCORE_KEYS:
-        figures[key] = {value: to_figure(cell) for value, cell in scores[key].items()}
+        figures[key] = {value: _proportion(cell["correct"], cell["total"]) for value, cell in scores[key].items()}
     return MathVista(examples, records, scores, figures)
 
 
@@ -140,7 +136,7 @@ def _agreement(truth: Sequence[float], values: Sequence[float]) -> float | None:
     """The share of pairs with different `truth` that `values` put in the same order, ties half; None without pairs."""
     pairs = [(a, b) for a, x in enumerate(truth) for b, y in enumerate(truth) if x > y]
     pairs = [(values[a], values[b]) for a, b in pairs if not (isnan(values[a]) or isnan(values[b]))]
-    return _mean([(a > b) + 0.5 * (a == b) for a, b in pairs]) if pairs else None
+    return fmean([(a > b) + 0.5 * (a == b) for a, b in pairs]) if pairs else None
 
 
 def preference_accuracy(examples: Sequence[Example], values: Sequence[Sequence[float]]) -> dict[str, Any] | None:

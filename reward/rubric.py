@@ -11,16 +11,13 @@ from math import nan
 from data.example import Example
 from reward.answer import answer_reward, ground_truth
 from reward.format import read_answer
+from reward.value import WORDS
 
 # Overlap is measured on the head of a text, which bounds the time for every text.
 MAX_OVERLAP_CHARS = 20_000
 
 _WORD = re.compile(r"[^\W_]+")
-_STOP_WORDS = frozenset(
-    _WORD.findall(
-        "a an and are as at be by for from has have in is it its of on or that the their then there this to was with"
-    )
-)
+_STOP_WORDS = frozenset(WORDS["stop_words"].split())
 
 
 def _content_words(text: str) -> list[str]:

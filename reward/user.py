@@ -99,7 +99,7 @@ class UserReward:
         if not self.batched or len(rows) < 2:
             return self._reward_one_by_one(rows)
         try:
-            values = _call(lambda: self._reward_together(rows), self.time_limit)
+            values = _call(lambda: self._reward(rows), self.time_limit)
         except TimeoutError as error:
             values = [error] * len(rows)
         except UserRewardError:
@@ -109,9 +109,12 @@ class UserReward:
             for example, value in zip(examples, values, strict=True)
         ]
 
-    def _reward_together(self, rows: Sequence[Row]) -> list[float | UserRewardError]:
-        """One call with TRL's signature: for each row its reward or its error; raises if the call as a whole failed."""
-        values = list(self.function(**self._columns(rows)))
+    def _reward(self, rows: Sequence[Row]) -> list[float | UserRewardError]:
+        """For each row its reward or its error; raises if a call as a whole failed."""
+        if self.batched:
+            values = list(self.function(**self._columns(rows)))
+        else:
+            values = [self.function(completion=completion, example=example) for completion, example, _ in rows]
         if len(values) != len(rows):
             raise UserRewardError(f"returned {len(values)} rewards for {len(rows)} completions")
         results = []
@@ -122,21 +125,16 @@ class UserReward:
                 results.append(error)
         return results
 
-    def _reward_one(self, row: Row) -> float:
-        if not self.batched:
-            return _finite(self.function(completion=row[0], example=row[1]))
-        result = self._reward_together([row])[0]
-        if isinstance(result, UserRewardError):
-            raise result
-        return result
-
     def _reward_one_by_one(self, rows: Sequence[Row]) -> list[float]:
         values, timeouts = [], 0
         for row in rows:
             try:
                 if timeouts == MAX_TIMEOUTS:
                     raise TimeoutError(f"was not called, since {MAX_TIMEOUTS} calls in a row ran over time")
-                values.append(_call(lambda row=row: self._reward_one(row), self.time_limit))
+                value = _call(lambda row=row: self._reward([row])[0], self.time_limit)
+                if isinstance(value, UserRewardError):
+                    raise value
+                values.append(value)
                 timeouts = 0
             except (UserRewardError, TimeoutError) as error:
                 values.append(self._lose(row[1], error))

@@ -17,44 +17,18 @@ Quantity = tuple[Fraction, frozenset[str]]  # a number and the units written wit
 # Python refuses to read integers of over 4,300 digits, and nobody asks for one.
 MAX_NUMBER_CHARS = 1000
 
-_WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 # The unit of each spelling.
-UNITS = {spelling: unit for unit, spellings in _WORDS["units"].items() for spelling in spellings.split()}
-_NEUTRAL, _SPOILERS, _BOUNDS = (frozenset(_WORDS[kind].split()) for kind in ("neutral", "spoilers", "bounds"))
+UNITS = {spelling: unit for unit, spellings in WORDS["units"].items() for spelling in spellings.split()}
+_NEUTRAL, _SPOILERS, _BOUNDS = (frozenset(WORDS[kind].split()) for kind in ("neutral", "spoilers", "bounds"))
 
 _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _MINUS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-")
 _QUOTES = dict.fromkeys(map(ord, "“”„«»"), '"') | dict.fromkeys(map(ord, "‘’ʼ"), "'")
 _PLAIN = _ZERO_WIDTH | _MINUS | _QUOTES
 
-# (pattern, replacement), applied in this order. Mark-up becomes a new line, not a blank: a blank can group digits,
-# and "\\boxed{1}234" is not 1234. Each pattern takes time in proportion to the text.
-_POWERS = [
-    (re.compile(r"(?<![^\W\d_])([^\W\d_]+) ?(?:\^\{?2\}?|²)"), r"square \1"),
-    (re.compile(r"(?<![^\W\d_])([^\W\d_]+) ?(?:\^\{?3\}?|³)"), r"cubic \1"),
-]
-_MARKUP = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\(?:left|right|displaystyle|!)(?![a-z])", ""),
-        (r"\\[,;:]|\\ |(?<=[\w}])~(?=[\w\\{])|\\quad(?![a-z])", " "),
-        (r"\{,\}", ","),
-        (r"\^\{\\circ\}|\^?\\circ\b|\\degree\b", "°"),
-        (r"\\(?:times|cdot)\b", "×"),
-        (r"\\%", "%"),
-        (r"\\[dt]?frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r" \1/\2"),
-        (r"\\[dt]?frac ?([0-9])([0-9])(?![0-9])", r" \1/\2"),
-        (r"(^|[^\w\s]) ?([+-]) ([0-9]+/)", r"\1\2\3"),
-        (r"\\[\[\]()]|```", "\n"),
-        (r"(?<!\\)\$\$([^$]*)\$\$|(?<!\\)\$([^$]+)(?<!\\)\$", r"\n\1\2\n"),
-        *[(r"\\(?:text|textbf|mathrm|mathbf|mathit|boxed|fbox|rm|bf) ?\{([^{}]*)\}", r"\n\1\n")] * 3,
-        (r"\\\$", "$"),
-        (r"</?(?:b|i|u|em|strong|code|p|br)\s?/?>", "\n"),
-        *[(r"(\*\*|__|`|\*|_)(?!\s)([^*_`]+)(?<!\s)\1", r"\n\2\n")] * 2,
-        (r"^\s*#+\s", ""),
-        (r"([+-])([$€£¥₹]) ?(?=[0-9])", r"\2\1"),
-    ]
-] + _POWERS
+# (pattern, replacement), applied in this order.
+_POWERS, _MARKUP = ([(re.compile(old), new) for old, new in WORDS[kind]] for kind in ("powers", "markup"))
 
 _NUMBER = r"""
     (?<![\w.,/+\-^'])
@@ -114,7 +88,7 @@ def strip_markup(text: str) -> str:
     An unknown mark-up command stays in the text, and then no reader below accepts the text.
     """
     text = _plain_text(text)
-    for pattern, replacement in _MARKUP:
+    for pattern, replacement in _MARKUP + _POWERS:
         text = pattern.sub(replacement, text)
     return _unwrap(text)
 

@@ -85,11 +85,6 @@ def test_the_official_rules_for_choices_holes_included(extraction, choices, pred
     assert normalise(extraction, choice(*choices)) == prediction
 
 
-def test_an_empty_extraction_can_be_left_without_a_prediction():
-    assert normalise(" ", choice("Yes", "No"), ignore_empty=True) is None
-    assert normalise("N/A", choice("Yes", "No"), ignore_empty=True) == "No"
-
-
 @pytest.mark.parametrize(
     ("extraction", "current", "published"),
     [

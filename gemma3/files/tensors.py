@@ -60,14 +60,10 @@ def _read(tensor: Stored, where: tuple[slice, ...]) -> np.ndarray:
         return file.get_slice(tensor.name)[where]
 
 
-def _groups(side: str) -> list[str]:
-    """ "(N H) D" to ["NH", "D"]."""
-    return [re.sub(r"\W", "", group) for group in re.findall(r"\([^)]*\)|\w", side)]
-
-
-def _sides(layout: str) -> tuple[list[str], list[str]]:
-    stored, ours = layout.split("->")
-    return _groups(stored), _groups(ours)
+def _sides(layout: str) -> list[list[str]]:
+    """ "(N H) D -> D N H" to [["NH", "D"], ["D", "N", "H"]]."""
+    sides = [re.findall(r"\([^)]*\)|\w", side) for side in layout.split("->")]
+    return [[re.sub(r"\W", "", group) for group in side] for side in sides]
 
 
 def stored_shape(layout: str, sizes: Mapping[str, int]) -> tuple[int, ...]:

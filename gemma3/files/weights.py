@@ -62,10 +62,6 @@ def common_name(name: str) -> str:
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
-def published_name(name: str, config: Config) -> str:
-    return name if config.vision is None or not name.startswith("model.") else "language_model." + name
-
-
 def field_path(path) -> str:
     return ".".join(key.name for key in path)
 
@@ -208,7 +204,8 @@ def save_checkpoint(
     for name, layout, get in tensors_of(params, NAMES):
         nbytes = int(np.prod(tensors.stored_shape(layout, sizes))) * params.text.embedding.dtype.itemsize
         make = lambda get=get, layout=layout: tensors.to_stored(np.asarray(get()), layout, sizes)  # noqa: E731
-        unwritten.append(tensors.Unwritten(published_name(name, config), nbytes, make))
+        prefix = "language_model." if config.vision is not None and name.startswith("model.") else ""
+        unwritten.append(tensors.Unwritten(prefix + name, nbytes, make))
     ids = {"bos_token_id": config.bos_id, "eos_token_id": list(config.stop_ids), "pad_token_id": config.pad_id}
     with replaced_directory(directory, "config.json") as new:
         tensors.write_tensors(new, unwritten, max_shard_bytes)

@@ -16,8 +16,6 @@ Metrics = Sequence[Mapping[str, Any]]  # one mapping a step, oldest first; None 
 
 
 class Finding(NamedTuple):
-    """What one rule says."""
-
     name: str
     number: str
     fine: bool  # False: look here
@@ -29,26 +27,21 @@ def values(metrics: Metrics, name: str) -> list[float]:
     return [line[name] for line in metrics if line.get(name) is not None]
 
 
-def _fifth(known: Sequence[float]) -> int:
-    return max(1, len(known) // 5)
-
-
-def beginning(metrics: Metrics, name: str) -> float | None:
-    """The mean over the first fifth of the steps; None where the metric is absent."""
+def ends(metrics: Metrics, name: str) -> tuple[float | None, float | None]:
+    """The means over the first and over the last fifth of the steps; None where the metric is absent."""
     known = values(metrics, name)
-    return fmean(known[: _fifth(known)]) if known else None
+    size = max(1, len(known) // 5)
+    return (fmean(known[:size]), fmean(known[-size:])) if known else (None, None)
 
 
 def end(metrics: Metrics, name: str) -> float | None:
-    """The mean over the last fifth of the steps; None where the metric is absent."""
-    known = values(metrics, name)
-    return fmean(known[-_fifth(known) :]) if known else None
+    return ends(metrics, name)[1]
 
 
 def reward_rise(metrics: Metrics) -> Finding | None:
     """Whether the last fifth is above the first by more than twice the standard error of their difference."""
     known = values(metrics, "reward")
-    size = _fifth(known)
+    size = len(known) // 5
     if size < 4:
         return None
     first, last = known[:size], known[-size:]
@@ -65,7 +58,7 @@ def reward_rise(metrics: Metrics) -> Finding | None:
 
 def right_answers(metrics: Metrics) -> Finding | None:
     """Whether anything is right, and whether the reward rises at the cost of right answers."""
-    first, last = beginning(metrics, "accuracy"), end(metrics, "accuracy")
+    first, last = ends(metrics, "accuracy")
     if last is None:
         return None
     number, name = f"{first:.1%} to {last:.1%}", "Right completions"
@@ -101,41 +94,31 @@ def equal_groups(metrics: Metrics) -> Finding | None:
     return Finding("Groups whose rewards are all equal", f"{share:.0%}", share <= 0.5 or right >= 0.9, advice)
 
 
-def within_bound(
-    metrics: Metrics,
-    *,
-    name: str,
-    metric: str,
-    layout: str,
-    meaning: str,
-    advice: str,
-    least: float = -inf,
-    most: float = inf,
-) -> Finding | None:
+_BOUNDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+
+def within_bound(metrics: Metrics, rule: str) -> Finding | None:
     """A rule of diagnosis.toml: whether the mean over the last fifth is within its bounds."""
-    value = end(metrics, metric)
+    bound = _BOUNDS[rule]
+    value, advice = end(metrics, bound["metric"]), bound["meaning"]
     if value is None:
         return None
-    fine = least <= value <= most
-    return Finding(name, layout.format(value), fine, meaning if fine else f"{meaning} {advice}")
-
-
-_BOUNDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-unfinished, well_formed, clip_share = (
-    partial(within_bound, **_BOUNDS[rule]) for rule in ("unfinished", "well_formed", "clip_share")
-)
+    fine = bound.get("least", -inf) <= value <= bound.get("most", inf)
+    if not fine:
+        advice += f" {bound['advice']}"
+    return Finding(bound["name"], bound["layout"].format(value), fine, advice)
 
 
 def distance(metrics: Metrics) -> Finding | None:
     """The KL to the base model, nats a token."""
     if end(metrics, "kl") is None and values(metrics, "reward"):
         return Finding("KL to the base model", "not measured", True, "It is measured where --beta is above 0.")
-    return within_bound(metrics, **_BOUNDS["distance"])
+    return within_bound(metrics, "distance")
 
 
 def entropy(metrics: Metrics) -> Finding | None:
     """Whether the policy has stopped exploring, or dissolves into noise."""
-    first, last = beginning(metrics, "entropy"), end(metrics, "entropy")
+    first, last = ends(metrics, "entropy")
     if last is None:
         return None
     advice = "Nats a token: how much of a choice the policy still has. It falls as a task is learned."
@@ -171,7 +154,7 @@ def weights_move(metrics: Metrics) -> Finding | None:
 def sampler_gap(metrics: Metrics) -> Finding | None:
     """How far apart the log-probs of sampler and trainer are, which should belong to the same policy."""
     most = max(values(metrics, "sampling/sampling_logp_difference/max"), default=None)
-    found = within_bound(metrics, **_BOUNDS["sampler_gap"])
+    found = within_bound(metrics, "sampler_gap")
     return found and found._replace(number=found.number + ("" if most is None else f", largest {most:.2g}"))
 
 
@@ -198,11 +181,11 @@ RULES: tuple[Callable[[Metrics], Finding | None], ...] = (
     reward_rise,
     right_answers,
     equal_groups,
-    unfinished,
-    well_formed,
+    partial(within_bound, rule="unfinished"),
+    partial(within_bound, rule="well_formed"),
     entropy,
     distance,
-    clip_share,
+    partial(within_bound, rule="clip_share"),
     weights_move,
     sampler_gap,
     gradient,

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "One step of GRPO, told with its own numbers"
-NEWLINE = "\n"
 GOOD, BAD = "#2e9e56", "#d9534f"  # readable on white and on black
 NUMBER_OF_TRIES = 200  # questions, of which about one in four will do
 LEAST_OF_EACH = 3  # right completions in the group, and as many wrong ones
@@ -202,7 +201,7 @@ def plot_effect(taken: Taken) -> "Figure":
 def completion_table(taken: Taken) -> Table:
     probabilities = np.exp(np.where(taken.mask, taken.logps[0], 0.0).sum(axis=-1))
     columns = zip(taken.groups.texts[0], taken.mask.sum(axis=-1), probabilities, strict=True)
-    rows = [(f"{g}: {text.replace(NEWLINE, '⏎')}", int(n), f"{p:.2g}") for g, (text, n, p) in enumerate(columns, 1)]
+    rows = [(f"{g}: " + text.replace("\n", "⏎"), int(n), f"{p:.2g}") for g, (text, n, p) in enumerate(columns, 1)]
     return Table(("completion (⏎ is a new line)", "tokens", "probability"), rows)
 
 

@@ -18,9 +18,6 @@ from gemma3.files.writing import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What matplotlib would add to each plot: two links and a date, 1 kB.
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-
 
 class Cell(NamedTuple):
     """A cell of a table with a class of the common style: "good", "bad" or "dim"."""
@@ -29,13 +26,13 @@ class Cell(NamedTuple):
     kind: str = ""
 
 
-def image_tag(source: bytes | np.ndarray, *, most: int = 320, alt: str = "") -> Markup:
+def image_tag(source: bytes | np.ndarray, *, alt: str) -> Markup:
     """An <img> that holds the data of an image, given as a file's bytes or uint8[h, w, 3].
 
-    An image with a side over `most` pixels is shrunk. Bytes that are no image raise the error that Pillow raises.
+    An image with a side over 320 pixels is shrunk. Bytes that are no image raise the error that Pillow raises.
     """
     opened = Image.open(io.BytesIO(source)).convert("RGB") if isinstance(source, bytes) else Image.fromarray(source)
-    opened.thumbnail((most, most))
+    opened.thumbnail((320, 320))
     file = io.BytesIO()
     opened.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
@@ -54,13 +51,14 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple["Figure",
     return figure, axes
 
 
-def plot(figure: "Figure", alt: str = "") -> Markup:
+def plot(figure: "Figure", alt: str) -> Markup:
     """A matplotlib figure as inline SVG that fits the page's width; its texts stay texts, in the page's font."""
     from matplotlib import rc_context
 
     file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # without it two links and a date, 1 kB
     with rc_context({"svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata=_NO_METADATA)
+        figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", metadata=no_metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     return Markup(f'<div role="img" aria-label="{escape(alt)}">{svg}</div>')

@@ -186,10 +186,8 @@ def all_curves(runs: Sequence[Run]) -> list[Card]:
     """Every plot that the runs have the metrics for."""
     names = dict.fromkeys(name for run in runs for line in run.metrics[-1:] for name in line)
     parts = {name.split("/")[1]: name for name in names if name.startswith("rewards/") and name.endswith("/mean")}
-    first = [
-        curves(Panel("Reward and its parts" if parts else "Reward", {"reward": "reward"} | parts), runs),
-        held_out(runs),
-    ]
+    rewards = Panel("Reward and its parts" if parts else "Reward", {"reward": "reward"} | parts)
+    first = [curves(rewards, runs), held_out(runs)]
     if "reward" not in names:  # in GRPO the loss says nothing about progress
         first.append(curves(Panel("Loss", {"loss": "loss"}), runs))
     return [card for card in (*first, *(curves(panel, runs) for panel in _CURVES)) if card is not None]
@@ -357,13 +355,17 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     return [*found, (f"{rewards[0]:.2f} → {rewards[-1]:.2f}", "reward")] if rewards else found
 
 
-def document(run: Run) -> str:
-    """The page of one run."""
+def write(path: Path, out: Path | None = None) -> Path:
+    """Write RUN/report.html, or `out`, from what the run has logged so far. The page is replaced in one step.
+
+    ValueError where `path` is no run directory or one of its files is damaged.
+    """
+    run, out = read_run(path), out or path / "report.html"
     config, settings = run.config, run.config["settings"]
     helps = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
     rows = {name: (flag_name(name), _shown(value), helps.get(name, "")) for name, value in settings.items()}
     chosen = chosen_settings(config)
-    return page.render(
+    document = page.render(
         "report.html",
         title=run.path.resolve().name,
         settings=settings,
@@ -377,15 +379,7 @@ def document(run: Run) -> str:
         has_reward=end(run.metrics, "reward") is not None,
         findings=sorted(diagnose(run.metrics), key=lambda finding: finding.fine),
     )
-
-
-def write(run: Path, out: Path | None = None) -> Path:
-    """Write RUN/report.html, or `out`, from what the run has logged so far. The page is replaced in one step.
-
-    ValueError where `run` is no run directory or one of its files is damaged.
-    """
-    out = out or run / "report.html"
-    page.write_page(out, document(read_run(run)))
+    page.write_page(out, document)
     return out
 
 

@@ -6,6 +6,7 @@ completion is taken to have its greatest length.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,8 +23,6 @@ from grpo.run.memory import cache_bytes
 
 
 class Chip(NamedTuple):
-    """One accelerator."""
-
     flops: float  # a second, at the peak for bfloat16 products
     memory: int  # bytes that a program may use: what the TPU compiler leaves of the published size
     bandwidth: float  # bytes a second from that memory
@@ -61,27 +60,10 @@ class Work:
     def length(self) -> int:
         return self.sampling.max_completion_length
 
-    @property
-    def prompt(self) -> range:
-        """The positions of a prompt."""
-        return range(self.prompt_length)
 
-    @property
-    def completion(self) -> range:
-        """The positions of a completion that the model reads: all but the last token's, which nothing follows."""
-        return range(self.prompt_length, self.prompt_length + self.length - 1)
-
-
-def projection_flops(config: Config) -> int:
-    """FLOPs of one token through the weights of one layer: two per weight."""
-    sizes = axis_sizes(config)
-    return 2 * sum(math.prod(shape_of(AXES[name], sizes)) for name in TARGETS)
-
-
-def adapter_flops(config: Config, lora: LoraConfig) -> int:
-    """FLOPs of one token through the adapters of one layer."""
-    sizes = axis_sizes(config) | {"r": lora.r}
-    return 2 * sum(math.prod(shape_of(AXES[f"{name}.{part}"], sizes)) for name in lora.targets for part in "ab")
+def weight_flops(names: Iterable[str], sizes: Mapping[str, int]) -> int:
+    """FLOPs of one token through these weights of one layer: two per weight."""
+    return 2 * sum(math.prod(shape_of(AXES[name], sizes)) for name in names)
 
 
 def attention_flops(config: Config, positions: range) -> int:
@@ -91,11 +73,6 @@ def attention_flops(config: Config, positions: range) -> int:
     """
     seen = {local: sum(min(i + 1, config.sliding_window if local else i + 1) for i in positions) for local in (0, 1)}
     return 4 * config.num_heads * config.head_dim * sum(seen[local] for local in config.is_local)
-
-
-def logits_flops(config: Config) -> int:
-    """FLOPs of one token's logits."""
-    return 2 * config.hidden_size * config.vocab_size
 
 
 def encoder_flops(vision: VisionConfig, hidden_size: int) -> int:
@@ -113,28 +90,28 @@ def images_flops(work: Work) -> int:
     return work.num_prompts * work.images * encoder_flops(work.config.vision, work.config.hidden_size)
 
 
-def stack_flops(work: Work, tokens: int, attention: int, *, through: tuple[int, int, int]) -> int:
-    """FLOPs of all layers over so many tokens. attention: FLOPs of one pass over attention; through: how many passes
-    there are over weights, adapters and attention."""
-    weights, adapters, mixing = through
-    layer = weights * projection_flops(work.config)
+def stack_flops(work: Work, tokens: int, attention: int, weights: int = 1, others: int = 1) -> int:
+    """FLOPs of all layers over so many tokens. attention: FLOPs of one pass over attention; weights, others: how many
+    passes there are over weights, and over adapters and attention."""
+    sizes = axis_sizes(work.config)
+    layer = weights * weight_flops(TARGETS, sizes)
     if work.lora is not None:
-        layer += adapters * adapter_flops(work.config, work.lora)
-    return tokens * work.config.num_layers * layer + mixing * attention
+        adapters = [f"{name}.{part}" for name in work.lora.targets for part in "ab"]
+        layer += others * weight_flops(adapters, sizes | {"r": work.lora.r})
+    return tokens * work.config.num_layers * layer + others * attention
 
 
-def prefill_flops(work: Work) -> int:
-    """FLOPs of reading all prompts once."""
-    attention = attention_flops(work.config, work.prompt)
-    return work.num_prompts * stack_flops(work, work.prompt_length, attention, through=(1, 1, 1))
+def logps_flops(work: Work, weights: int = 1, others: int = 1) -> int:
+    """FLOPs of the log-probs of all completions under one policy: each prompt and each completion is read once.
 
-
-def logps_flops(work: Work) -> int:
-    """FLOPs of the log-probs of all completions under one policy: each prompt and each completion is read once."""
-    attention = attention_flops(work.config, work.prompt) + work.group * attention_flops(work.config, work.completion)
-    tokens = work.prompt_length + work.group * len(work.completion)
-    logits = work.group * work.length * logits_flops(work.config)
-    return work.num_prompts * (stack_flops(work, tokens, attention, through=(1, 1, 1)) + logits)
+    weights, others: how many passes there are, as for `stack_flops`; over the logits as many as over weights.
+    """
+    config, start = work.config, work.prompt_length
+    completion = range(start, start + work.length - 1)  # nothing follows the last token, so it is not read
+    attention = attention_flops(config, range(start)) + work.group * attention_flops(config, completion)
+    layers = stack_flops(work, start + work.group * len(completion), attention, weights, others)
+    logits = 2 * config.hidden_size * config.vocab_size  # of one token
+    return work.num_prompts * (layers + weights * work.group * work.length * logits)
 
 
 def update_flops(work: Work) -> int:
@@ -145,13 +122,9 @@ def update_flops(work: Work) -> int:
     A product of two activations, as in attention, always has both gradients: 4.
     """
     frozen = 3 if work.lora is not None else 4
-    attention = attention_flops(work.config, work.prompt) + work.group * attention_flops(work.config, work.completion)
-    tokens = work.prompt_length + work.group * len(work.completion)
-    logits = frozen * work.group * work.length * logits_flops(work.config)
-    update = work.num_prompts * (stack_flops(work, tokens, attention, through=(frozen, 4, 4)) + logits)
     # A tower that learns encodes its images in the update: as many passes over its weights as in the layers.
     learns = work.train_vision if work.lora is None else work.lora.vision
-    return update + (frozen * images_flops(work) if learns else 0)
+    return logps_flops(work, frozen, 4) + (frozen * images_flops(work) if learns else 0)
 
 
 def device_bytes(tree, placed) -> int:
@@ -204,7 +177,9 @@ def estimate(
     chips, joined = data * tensor, joined_bytes(work.config, tensor, dtype)
     gather = joined * (data - 1) / data / chip.link
     token = (joined + caches_bytes(work, data, tensor, dtype)) / chip.bandwidth
-    reading = (images_flops(work) + prefill_flops(work)) / chips / chip.flops
+    attention = attention_flops(work.config, range(work.prompt_length))
+    prefill = work.num_prompts * stack_flops(work, work.prompt_length, attention)
+    reading = (images_flops(work) + prefill) / chips / chip.flops
     sampling = reading + work.length * token + gather * (1 + (1 if gather_once else work.length))
     gathers = gather * (work.num_prompts // data // micro_batch)
     one_update = max(update_flops(work) / chips / chip.flops, 4 * gathers)

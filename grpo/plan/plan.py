@@ -253,8 +253,7 @@ def print_plan(settings: Settings) -> None:
     fitting = find_fitting(console, plan)
     if fitting is None:
         sentence = "* no smaller run that was tried fits: take a larger topology or a smaller model."
+        console.print(sentence, highlight=False)
     else:
-        sentence = f"* with {flags_of(fitting.job.settings, settings)} it fits:"
-    console.print(sentence, highlight=False)
-    if fitting is not None:
+        console.print(f"* with {flags_of(fitting.job.settings, settings)} it fits:", highlight=False)
         show(console, fitting)

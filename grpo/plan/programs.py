@@ -85,8 +85,6 @@ def held(state: State, program: str) -> State:
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be planned."""
-
     settings: Settings
     model: Model
     memory: int | None  # bytes of a device, where they are known
@@ -117,9 +115,7 @@ class Job:
 
     def tokens(self, dtype) -> jax.ShapeDtypeStruct:
         """The shape of an array with a number for each token of the completions."""
-        return self.rows(
-            self.settings.sampling.num_generations, self.settings.sampling.max_completion_length, dtype=dtype
-        )
+        return self.rows(self.work.group, self.work.length, dtype=dtype)
 
 
 def images(settings: Settings, config: Config) -> int:
@@ -177,12 +173,6 @@ def _trains_tower(settings: Settings) -> bool:
     return settings.train_vision or settings.lora_vision
 
 
-def encode_program(job: Job, state: State) -> Program:
-    (params, lora), static = state.policy, {"model": job.model}
-    uses = (params.vision, lora and lora.vision)
-    return Program("images", encode_on_mesh, (state.policy, _pixels(job)), static, uses)
-
-
 def gathers_once(job: Job) -> tuple[bool, str]:
     """How the sampler will hold the weights, by the same rule as in a run, and a sentence about it."""
     sizes = (job.work.num_prompts, job.work.prompt_length, job.settings.sampling)
@@ -232,7 +222,9 @@ def programs(job: Job, state: State) -> list[Program]:
     """The programs of a step, in its order."""
     s, found = job.settings, []
     if job.work.images:
-        found.append(encode_program(job, state))
+        params, lora = state.policy
+        arguments, uses = (state.policy, _pixels(job)), (params.vision, lora and lora.vision)
+        found.append(Program("images", encode_on_mesh, arguments, {"model": job.model}, uses))
     if s.objective == "grpo":
         found.append(sample_program(job, state))
         if s.num_iterations > 1:

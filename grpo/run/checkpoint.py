@@ -80,12 +80,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_checksums(directory: Path) -> None:
-    """Write state/SHA256SUMS. `sha256sum -c state/SHA256SUMS`, run in the checkpoint's directory, checks it."""
-    lines = [f"{_sha256(path)}  {path.relative_to(directory)}\n" for path in _files(directory)]
-    (directory / "state" / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
-
-
 def _sync(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -103,29 +97,15 @@ def _link(run: Path, target: Path) -> None:
     new.replace(name)
 
 
-def _discard(path: Path) -> None:
-    # Renamed first: a crash must not leave half of a checkpoint under a number.
-    hidden = path.with_name(f".{path.name}.old")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _write_weights(
-    directory: Path, trainable: Trainable, config: Config, frozen_vision: Vision | None, base_model: str, rslora: bool
-) -> None:
-    if isinstance(trainable, Lora):
-        save_adapter(directory / "adapter", config, trainable, base_model, rslora=rslora)
-    else:
-        params = trainable if isinstance(trainable, Params) else Params(trainable, frozen_vision)
-        save_checkpoint(directory / "model", config, params, also=files_beside_weights(base_model))
-
-
 def _write_state(directory: Path, opt_state: optax.OptState, content: dict) -> None:
+    """Write state/, with the checksums of all files; `sha256sum -c state/SHA256SUMS`, run in `directory`, checks it."""
     state = directory / "state"
     state.mkdir()
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named(opt_state).items()}
     save_file(arrays, state / "arrays.safetensors")
     (state / "state.msgpack").write_bytes(msgpack.packb({"format": FORMAT, "arrays": _layout(opt_state), **content}))
+    lines = [f"{_sha256(path)}  {path.relative_to(directory)}\n" for path in _files(directory)]
+    (state / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def save(
@@ -171,9 +151,12 @@ def save(
     }
     try:
         new.mkdir()
-        _write_weights(new, trainable, config, frozen_vision, base_model, rslora)
+        if isinstance(trainable, Lora):
+            save_adapter(new / "adapter", config, trainable, base_model, rslora=rslora)
+        else:
+            params = trainable if isinstance(trainable, Params) else Params(trainable, frozen_vision)
+            save_checkpoint(new / "model", config, params, also=files_beside_weights(base_model))
         _write_state(new, opt_state, content)
-        _write_checksums(new)
         for path in (*new.rglob("*"), new):
             _sync(path)
     except BaseException:
@@ -190,7 +173,9 @@ def save(
     history = steps(run)
     last = history.index(step) + 1
     for old in history[: max(0, last - keep)] + history[last:]:
-        _discard(folder / f"{old:08}")
+        # Renamed first: a crash must not leave half of a checkpoint under a number.
+        hidden = (folder / f"{old:08}").rename(folder / f".{old:08}.old")
+        shutil.rmtree(hidden)
     return target
 
 

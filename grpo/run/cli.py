@@ -9,10 +9,10 @@ import math
 import shutil
 import sys
 import tomllib
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, field, fields, replace
-from linecache import getline
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -56,12 +56,10 @@ def fail(message: str) -> NoReturn:
 
 def _says_what_is_wrong(error: Exception) -> bool:
     """Whether `error` comes from a `raise` statement of this project: its words are then meant for the user."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    path = Path(trace.tb_frame.f_code.co_filename).resolve()
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(raised.filename).resolve()
     ours = path.is_relative_to(_PROJECT) and "site-packages" not in path.parts
-    return ours and getline(str(path), trace.tb_lineno).strip().startswith("raise")
+    return ours and raised.line.startswith("raise")
 
 
 @contextmanager

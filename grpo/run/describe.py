@@ -43,9 +43,8 @@ def spelled_out(settings: Settings) -> str:
         value = getattr(settings, entry.name)
         shown = ",".join(value) if isinstance(value, tuple) else value
         by_topic.setdefault(topic, []).append(f"{entry.name}={shown}")
-    indent = " " * 11
     return "\n".join(
-        textwrap.fill(f"{topic:<11}{'  '.join(values)}", width=110, subsequent_indent=indent, break_on_hyphens=False)
+        textwrap.fill(f"{topic:<11}{'  '.join(values)}", width=110, subsequent_indent=" " * 11, break_on_hyphens=False)
         for topic, values in by_topic.items()
     )
 

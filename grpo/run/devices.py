@@ -15,9 +15,7 @@ def simulate_devices(count: int) -> None:
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs on disk, so that the next run starts in seconds: in the user's cache directory, or where
-    JAX_COMPILATION_CACHE_DIR says.
-    """
+    """Keep compiled programs for later runs: in the user's cache directory, or as JAX_COMPILATION_CACHE_DIR says."""
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "grpo-gemma3"))
@@ -54,8 +52,3 @@ def check_mesh(model: Model) -> None:
             f"--mesh {data},{tensor} cannot share {config.num_kv_heads} key/value heads over {tensor} parts; "
             "choose a tensor axis that divides them or is a multiple of them"
         )
-
-
-def peak_memory() -> int | None:
-    """The most bytes that one device of this process has held so far, or None on a backend that does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -131,27 +131,25 @@ class RunLog:
         self._row_time = -math.inf
         self._first: tuple[int, float] | None = None  # the first step of this process, and when it was done
         self._console = console = Console(highlight=False, soft_wrap=True, theme=_THEME)
-        self._live = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            columns = (
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=28),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[now]}"),
-            )
-            self._live = Progress(*columns, console=console, transient=True, refresh_per_second=2)
-            self._task = self._live.add_task(
-                "", total=total_steps, completed=resume_step or 0, now="the first step compiles"
-            )
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=28),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[now]}"),
+        )
+        hidden = not console.is_terminal or console.is_dumb_terminal
+        self._live = Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=hidden)
+        self._task = self._live.add_task(
+            "", total=total_steps, completed=resume_step or 0, now="the first step compiles"
+        )
 
     def __enter__(self) -> "RunLog":
-        if self._live is not None:
-            self._live.start()
+        self._live.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._print_row()
-        if self._live is not None:
+        if not self._live.disable:  # some versions of rich would print an empty line
             self._live.stop()
 
     def _append(self, path: Path, records: Sequence[dict]) -> None:
@@ -205,8 +203,7 @@ class RunLog:
 
     def evaluating(self, answered: int, total: int) -> None:
         """Show on the live line how far an evaluation has come."""
-        if self._live is not None:
-            self._live.update(self._task, now=f"evaluating on held-out examples, {answered} of {total}")
+        self._live.update(self._task, now=f"evaluating on held-out examples, {answered} of {total}")
 
     def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a finished step: at once on the live line, and as a row of the table every ten seconds or so.
@@ -230,6 +227,5 @@ class RunLog:
         if now - self._row_time >= _SECONDS_BETWEEN_ROWS or step >= self._total:
             self._print_row()
             self._row_time = now
-        if self._live is not None:
-            shown = [f"{name} {cells[name]}" for name in ("reward", "accuracy", "loss") if name in cells]
-            self._live.update(self._task, completed=step, now="  ".join([*shown, f"{left} left"]))
+        shown = [f"{name} {cells[name]}" for name in ("reward", "accuracy", "loss") if name in cells]
+        self._live.update(self._task, completed=step, now="  ".join([*shown, f"{left} left"]))

@@ -43,9 +43,9 @@ def decoding_bytes(params: Params, model: Model, num_prompts: int, prompt_length
     return stored + joined + caches // min(tensor, model.config.num_kv_heads)
 
 
-def device_memory() -> int | None:
-    """Bytes of memory on one device, or None on a backend that does not report it, such as the CPU."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+def device_memory(name: str = "bytes_limit") -> int | None:
+    """Bytes of memory on one device, by jax's name; None on a backend that does not report them, such as the CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get(name)
 
 
 def choose_gather(needed: int, memory: int | None) -> tuple[bool, str]:

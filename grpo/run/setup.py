@@ -151,14 +151,8 @@ def prepare(settings: Settings) -> tuple[Trainer, Data, TrainState]:
     directory = resolve(settings.model)
     model = Model(read_config(directory), mesh)
     check_mesh(model)
-    reader = Reader(
-        model,
-        Tokenizer(directory, model.config),
-        settings.wording,
-        settings.format,
-        settings.pan_and_scan,
-        settings.max_prompt_length,
-    )
+    how = (settings.wording, settings.format, settings.pan_and_scan, settings.max_prompt_length)
+    reader = Reader(model, Tokenizer(directory, model.config), *how)
     reward = make_reward_function(settings.reward, settings.format, max_tokens=settings.max_completion_length)
     train, longest = reader.that_fit(train, "training data")
     train = with_short_completions(train, reader, settings)

@@ -16,7 +16,6 @@ from grpo.pages import report
 from grpo.reader import Row, read_rows
 from grpo.run import checkpoint
 from grpo.run.describe import described
-from grpo.run.devices import peak_memory
 from grpo.run.log import RunLog, write_json
 from grpo.run.memory import choose_gather, decoding_bytes, device_memory
 from grpo.run.processes import is_first, on_any_process
@@ -138,7 +137,7 @@ class TrainingRun:
         if not self.metrics.pop("finite"):
             self.give_up(result.state, f"the loss, {self.metrics['loss']:g}, or its gradient is not finite")
         self.metrics["learning_rate"] = float(self._rate(self.step * s.num_iterations))
-        if (peak := peak_memory()) is not None:
+        if (peak := device_memory("peak_bytes_in_use")) is not None:
             self.metrics["memory/peak_gib"] = peak / 2**30
         self.step += 1
         self.cursor += self.metrics.get("prompts_drawn", s.prompts_per_step)

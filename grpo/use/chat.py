@@ -112,17 +112,12 @@ class Listener:
         self._heard.put((int(t), dict(zip(index.tolist(), tokens[:, 0].tolist(), strict=True))))
         return np.bool_(self._go_on)
 
-    def _answer(self, *args) -> None:
-        try:
-            answer(*args, self._on_token)
-        finally:
-            self._heard.put(None)
-
     def _tokens(self, answerer: Answerer, prompt: Prompt, number: int) -> Iterator[int]:
         self.ids, self._heard, self._go_on = [], SimpleQueue(), True
         answerer = answerer._replace(reader=with_room(answerer.reader, len(prompt.ids), len(prompt.images)))
         with ThreadPoolExecutor(1) as pool:
-            sampled = pool.submit(self._answer, answerer, [prompt], number)
+            sampled = pool.submit(answer, answerer, [prompt], number, self._on_token)
+            sampled.add_done_callback(lambda _: self._heard.put(None))
             try:
                 while (heard := self._heard.get()) is not None:
                     t, tokens = heard
@@ -174,13 +169,9 @@ def apart(text: str, tags: tuple[str, str]) -> tuple[str, str | None]:
     return parts.get("reasoning", "").strip(), None if answer is None else answer.strip()
 
 
-def clean(text: str) -> str:
-    """The text with U+FFFD in place of control characters, so that a terminal only prints it."""
-    return _CONTROL.sub("\ufffd", text)
-
-
 def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
-    console.print(Text(clean(text), style=style), end=end, soft_wrap=True)
+    """Print text with U+FFFD in place of control characters, so that a terminal only prints it."""
+    console.print(Text(_CONTROL.sub("\ufffd", text), style=style), end=end, soft_wrap=True)
 
 
 def show(console: Console, pieces: Iterable[str], tags: tuple[str, str]) -> None:

@@ -103,9 +103,6 @@ class EvalSettings:
                 f"--num-generations {self.num_generations}: greedy completions of an example are all alike; "
                 "add --temperature 1"
             )
-        self._refuse_contradictions()
-
-    def _refuse_contradictions(self) -> None:
         uses = [f"--{name}" for name in USES if getattr(self, name) not in (None, False, ())]
         if len(uses) > 1:
             raise ValueError(f"{uses[0]} and {uses[1]} are different ways to use a model; give one of them")
@@ -147,7 +144,6 @@ class EvalSettings:
 
     @property
     def sampling(self) -> Sampling:
-        """How completions are sampled."""
         sampling = STRATEGIES[self.strategy] if self.strategy else Sampling(self.temperature)
         return self._with_sizes(sampling)
 

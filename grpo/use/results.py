@@ -50,14 +50,6 @@ def judge(results: list[list[reports.Result]], dataset: str, settings: EvalSetti
     return figures
 
 
-def compare(examples: list[Example], rewards: list[list[float]], logps: list[list[float]]) -> dict:
-    """Preference accuracy: does the policy, and does the reward, prefer what the data prefers?"""
-    return {
-        "policy": reports.preference_accuracy(examples, logps),
-        "reward": reports.preference_accuracy(examples, rewards),
-    }
-
-
 def result_lines(name: str, results: list[list[reports.Result]]) -> Iterator[dict]:
     """One line of the results file for each completion."""
     for result in itertools.chain.from_iterable(results):
