@@ -94,7 +94,6 @@ def _inputs(model: Model, setting: Setting) -> tuple[tuple, tuple]:
     def cache_specs(*axes) -> list[KeyValues]:
         return [KeyValues(Spec(*axes), Spec(*axes))] * config.num_layers
 
-    whole, per_row = array((q, g), jnp.int32), array((q, g, c), jnp.int32)
     fixed = (
         [PromptCache(kv, array((q,), jnp.int32)) for kv in caches(q, heads, length=setting.prompt_length)],
         array((q,), jnp.int32),
@@ -104,14 +103,13 @@ def _inputs(model: Model, setting: Setting) -> tuple[tuple, tuple]:
     fixed_specs = ([PromptCache(kv, ROWS) for kv in cache_specs(DATA, TENSOR)], ROWS, ROWS, Spec(TENSOR))
     loop = Loop(
         t=array((), jnp.int32),
-        token=whole,
         done=array((q, g), jnp.bool_),
-        ids=per_row,
-        mask=array((q, g, c), jnp.bool_),
-        logps=array((q, g, c), jnp.float32),
+        place=array((q, g), jnp.int32),
+        ids=array((q * g, c), jnp.int32),
+        logps=array((q * g, c), jnp.float32),
         caches=caches(q * heads * g, length=c),
     )
-    loop_specs = Loop(Spec(), ROWS, ROWS, ROWS, ROWS, ROWS, cache_specs((DATA, TENSOR)))
+    loop_specs = Loop(Spec(), ROWS, ROWS, ROWS, ROWS, cache_specs((DATA, TENSOR)))
     return (weights, fixed, loop), (weight_specs, fixed_specs, loop_specs)
 
 

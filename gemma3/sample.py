@@ -1,12 +1,14 @@
 """Sampling completions: each prompt is read once, then one compiled loop extends its whole group, token by token.
 
-Everything runs in one `shard_map`, and the loop ends as soon as every completion has stopped. Sampling runs the same
-model code as training, so the log-probs agree.
+Everything runs in one `shard_map`. When three quarters of the completions have stopped, the rest go on in a loop with a
+quarter of the rows, and sampling ends with the longest completion. It runs the same model code as training, so the
+log-probs agree.
 
 Randomness is keyed by (key, the prompt's index, completion, t) and by nothing else: a completion does not depend on the
 rest of its batch, the mesh or the number of processes.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from gemma3.config import Config
 from gemma3.filters import Sampling, choose_token
 from gemma3.layers import rms_norm
 from gemma3.lora import Policy
-from gemma3.mesh import DATA, TENSOR, Model, sum_over_data, sum_over_tensor, zeros_varying
+from gemma3.mesh import DATA, TENSOR, Model, max_over_data, sum_over_data, sum_over_tensor, zeros_varying
 from gemma3.model import embed, joined_embedding, log_normaliser, logits_of, read_prompts
 from gemma3.transformer import Layer, block, ready, stack
 
@@ -49,8 +51,13 @@ class Completions(NamedTuple):
     finished: jax.Array  # bool[Q, G], whether the completion ended with a stop token
 
 
+def completions_of(ids: jax.Array, logps: jax.Array, config: Config) -> Completions:
+    """The ids say what is in a completion, since none that is sampled is the pad id, and whether it has ended."""
+    return Completions(ids, ids != config.pad_id, logps, jnp.isin(ids, jnp.array(config.stop_ids)).any(axis=-1))
+
+
 class Fixed(NamedTuple):
-    """What the token loop reads and never changes, on one device."""
+    """What a token loop reads and never changes, on one device."""
 
     embedding: jax.Array  # [V / tensor, D], joined over `data`
     final_norm: jax.Array  # [D]
@@ -62,14 +69,13 @@ class Fixed(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """What each turn of the token loop changes."""
+    """What each turn of a token loop changes."""
 
     t: jax.Array  # int32[]: how many tokens have been sampled
-    token: jax.Array  # int32[Q, G]: the last of them
     done: jax.Array  # bool[Q, G]
-    ids: jax.Array  # int32[Q, G, C]
-    mask: jax.Array  # bool[Q, G, C]
-    logps: jax.Array  # float32[Q, G, C]
+    place: jax.Array  # int32[Q, G]: which row of `ids` is this completion's; N where a slot has one too few
+    ids: jax.Array  # int32[N, C], of all completions, those that have left the loop as well
+    logps: jax.Array  # float32[N, C]
     caches: list[KeyValues]  # per layer [Q · K · G, S, H]
     stopped: jax.Array | None = None  # bool[], whether the caller wants no more; None if it does not listen
 
@@ -105,7 +111,8 @@ def ask_host(loop: Loop, index: jax.Array, on_token: OnToken) -> Loop:
 
     The loop depends on the answer, so the host is asked in the order of the tokens.
     """
-    go_on = io_callback(on_token, jax.ShapeDtypeStruct((), jnp.bool_), loop.t - 1, index, loop.token)
+    newest = loop.ids[:, loop.t - 1].reshape(len(index), -1)
+    go_on = io_callback(on_token, jax.ShapeDtypeStruct((), jnp.bool_), loop.t - 1, index, newest)
     return loop._replace(stopped=sum_over_tensor(sum_over_data((~go_on).astype(jnp.int32))) > 0)
 
 
@@ -116,23 +123,68 @@ def sample_token(fixed: Fixed, loop: Loop, hidden: jax.Array, *, config: Config,
     chosen = choose_token(logits, fixed.allowed, keys, sampling)
     highest, log_total = log_normaliser(logits)
     token = jnp.where(loop.done, config.pad_id, chosen.id)
-    put = partial(jax.lax.dynamic_update_index_in_dim, index=loop.t, axis=2)
+
+    def put(all_tokens: jax.Array, new: jax.Array) -> jax.Array:
+        return all_tokens.at[loop.place, loop.t].set(new, mode="drop")
+
     return loop._replace(
         t=loop.t + 1,
-        token=token,
         done=loop.done | (token[..., None] == jnp.array(config.stop_ids)[None, None]).any(axis=-1),
         ids=put(loop.ids, token),
-        mask=put(loop.mask, ~loop.done),
         logps=put(loop.logps, jnp.where(loop.done, 0.0, chosen.logit - highest - log_total)),
     )
 
 
 def next_token(fixed: Fixed, loop: Loop, *, config: Config, sampling: Sampling) -> Loop:
     """Read every completion's last token and sample the next one."""
-    x = embed(fixed.embedding, loop.token)[:, :, None]
+    x = embed(fixed.embedding, loop.ids[loop.place, loop.t - 1])[:, :, None]
     x, caches = decode(fixed, x, loop.t - 1, loop.caches, config=config)
     hidden = rms_norm(fixed.final_norm, x[:, :, 0], config.norm_eps)
     return sample_token(fixed, loop._replace(caches=caches), hidden, config=config, sampling=sampling)
+
+
+def smaller_sizes(prompts: int, group: int, limit: int) -> list[tuple[int, int]]:
+    """The sizes, slots x rows, of the loops after that of Q x G: a quarter of the last one's rows each, but at least 8.
+
+    Fewer rows would take as long, since a step reads all weights. Each loop is compiled, which takes as long as many
+    steps: with a limit of less than 128 tokens there are no further loops.
+    """
+    sizes = []
+    while prompts * group >= 32 and limit >= 128:
+        quarter = prompts * group // 4
+        group = -(-group // 4)
+        prompts = quarter // group
+        sizes.append((prompts, group))
+    return sizes
+
+
+def slots_needed(done: jax.Array, size: int) -> jax.Array:
+    """int32[Q]: how many slots of `size` rows the completions of each prompt need that have not stopped."""
+    return -(-(~done).sum(axis=1) // size)
+
+
+def regroup(fixed: Fixed, loop: Loop, slots: int, size: int) -> tuple[Fixed, Loop]:
+    """Move the completions that have not stopped from Q x G rows to `slots` x `size`.
+
+    The rows of a slot share a prompt, whose keys are still read once for all of them; a prompt may need several slots.
+    """
+    (q, g), going, needed = loop.done.shape, ~loop.done, slots_needed(loop.done, size)
+    target = (jnp.cumsum(needed) - needed)[:, None] * size + jnp.cumsum(going, axis=1) - 1
+    target = jnp.where(going, target, slots * size)  # outside, so dropped
+
+    def moved(x: jax.Array, otherwise: int) -> jax.Array:
+        return jnp.full(slots * size, otherwise, x.dtype).at[target].set(x, mode="drop").reshape(slots, size)
+
+    prompt, completion = jnp.divmod(moved(jnp.arange(q * g).reshape(q, g), 0), g)
+
+    def rows(cache: jax.Array) -> jax.Array:
+        by_row = cache.reshape(q, -1, g, *cache.shape[1:])[prompt, :, completion]  # [slots, size, K, S, H]
+        return by_row.swapaxes(1, 2).reshape(-1, *cache.shape[1:])
+
+    prompts, lengths = jax.tree.map(lambda x: x[prompt[:, 0]], (fixed.prompts, fixed.prompt_lengths))
+    keys, place = fixed.completion_keys[prompt, completion], moved(loop.place, len(loop.ids))
+    fixed = fixed._replace(prompts=prompts, prompt_lengths=lengths, completion_keys=keys)
+    return fixed, loop._replace(done=moved(loop.done, True), place=place, caches=jax.tree.map(rows, loop.caches))
 
 
 def _layers(policy: Policy, config: Config, gather_once: bool) -> list[Callable[[jax.Array], Layer]]:
@@ -167,8 +219,7 @@ def _sample_shard(
     prompts: ids int32[Q / data, P]; allowed: bool[V / tensor]. Returns [Q / data, G, C].
     """
     prefix = read_prompts(policy, prompts.ids, prompts.soft, config=config)
-    rows = (len(prompts.ids), sampling.num_generations)  # Q / data, G
-    shape = (*rows, sampling.max_completion_length)
+    rows, limit = (len(prompts.ids), sampling.num_generations), sampling.max_completion_length  # (Q / data, G), C
     fold, completions = jax.random.fold_in, jnp.arange(sampling.num_generations)
     fixed = Fixed(
         embedding=joined_embedding(policy.params),
@@ -179,28 +230,37 @@ def _sample_shard(
         completion_keys=jax.vmap(lambda i: jax.vmap(lambda g: fold(fold(key, i), g))(completions))(prompts.index),
         allowed=allowed,
     )
-    start = Loop(
+    empty = zeros_varying((math.prod(rows), limit), jnp.int32, DATA)
+    loop = Loop(
         t=jnp.int32(0),
-        token=zeros_varying(rows, jnp.int32, DATA),
         done=jnp.broadcast_to((prefix.lengths == 0)[:, None], rows),
-        ids=zeros_varying(shape, jnp.int32, DATA) + config.pad_id,
-        mask=zeros_varying(shape, jnp.bool_, DATA),
-        logps=zeros_varying(shape, jnp.float32, DATA),
-        caches=empty_caches(config, rows, sampling.max_completion_length, prefix.kv),
+        place=jnp.arange(math.prod(rows)).reshape(rows),
+        ids=empty + config.pad_id,
+        logps=empty.astype(jnp.float32),
+        caches=empty_caches(config, rows, limit, prefix.kv),
     )
-
-    def unfinished(loop: Loop) -> jax.Array:
-        more = (loop.t < sampling.max_completion_length) & (sum_over_data((~loop.done).sum()) > 0)
-        return more if loop.stopped is None else more & ~loop.stopped
 
     def asked(loop: Loop) -> Loop:
         return loop if on_token is None else ask_host(loop, prompts.index, on_token)
 
+    def sample_until(fixed: Fixed, loop: Loop, slots: int, size: int) -> Loop:
+        """Sample until `slots` of `size` rows have room for what has not stopped, on every device."""
+
+        def turn(loop: Loop) -> Loop:
+            return asked(next_token(fixed, loop, config=config, sampling=sampling))
+
+        def crowded(loop: Loop) -> jax.Array:
+            more = (loop.t < limit) & (max_over_data(slots_needed(loop.done, size).sum()) > slots)
+            return more if loop.stopped is None else more & ~loop.stopped
+
+        return jax.lax.while_loop(crowded, turn, loop)
+
     first = jnp.broadcast_to(prefix.last_hidden[:, None], (*rows, prefix.hidden.shape[-1]))  # [Q / data, G, D]
-    loop = asked(sample_token(fixed, start, first, config=config, sampling=sampling))
-    turn = lambda loop: asked(next_token(fixed, loop, config=config, sampling=sampling))  # noqa: E731
-    end = jax.lax.while_loop(unfinished, turn, loop)
-    return Completions(end.ids, end.mask, end.logps, end.done & ~start.done)
+    loop = asked(sample_token(fixed, loop, first, config=config, sampling=sampling))
+    for slots, size in smaller_sizes(*rows, limit):
+        fixed, loop = regroup(fixed, sample_until(fixed, loop, slots, size), slots, size)
+    end = sample_until(fixed, loop, 0, 1)
+    return completions_of(end.ids.reshape(*rows, limit), end.logps.reshape(*rows, limit), config)
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "gather_once", "on_token"))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma3.lora import Policy
-from gemma3.sample import Completions, PromptBatch
+from gemma3.sample import Completions, PromptBatch, completions_of
 from grpo.algorithm import zero_std_groups
 from grpo.reader import Reader, Row, rounded_up
 from grpo.rollout import put_prompts, roll_out, take_rows
@@ -66,17 +66,10 @@ def sample_groups(trainer: Trainer, policy: Policy, rows: Sequence[Row], step: i
     if not given.any():
         return prompts, sampled
     shape = (sampling.num_generations, sampling.max_completion_length)
-    ids, mask = given_completions(rows, [row.example.completions for row in rows], trainer.reader, shape)
-    by_completion, by_token = given[:, None], given[:, None, None]
-    finished = np.isin(ids, config.stop_ids).any(axis=-1)
-    ids = jnp.where(by_token, ids, sampled.ids)
-    logps = trainer.logps(policy, prompts, ids)
-    return prompts, Completions(
-        ids,
-        jnp.where(by_token, mask, sampled.mask),
-        jnp.where(by_token, logps, sampled.logps),
-        jnp.where(by_completion, finished, sampled.finished),
-    )
+    ids, _ = given_completions(rows, [row.example.completions for row in rows], trainer.reader, shape)
+    given = given[:, None, None]
+    ids = jnp.where(given, ids, sampled.ids)
+    return prompts, completions_of(ids, jnp.where(given, trainer.logps(policy, prompts, ids), sampled.logps), config)
 
 
 def reward_groups(

@@ -1,5 +1,6 @@
 """The memory that keys and values take while sampling, against the arrays and by hand, and the weights beside them."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -37,14 +38,20 @@ def test_cache_bytes_are_those_of_the_arrays(prompt_length, length):
 
 
 def test_decoding_bytes_by_hand():
-    """12b in bfloat16: weights in eight parts (the vision tower in four), half the language model, half the caches."""
+    """12b in bfloat16: weights in eight parts (the vision tower in four), half the language model, half the caches.
+
+    Enough rows move on to a loop of a quarter of them: 8 x 8 to 8 x 2.
+    """
     config, sampling = CONFIGS["gemma-3-12b-it"], Sampling(num_generations=8, max_completion_length=512)
     count = partial(decoding_bytes, param_shapes(config, jnp.bfloat16), prompt_length=512, sampling=sampling)
     text, vision = 11_766_034_176, 12_187_325_040 - 11_766_034_176
     expected = 2 * (text / 8 + vision / 4) + 2 * text / 2 + cache_bytes(config, 2, 512, sampling, 2) / 2
     assert count(Model(config, make_mesh(4, 2)), num_prompts=8) == pytest.approx(expected, rel=1e-3)
     by_layer = text - 1_006_878_720  # all but the embedding, which is whole along data and need not be joined
-    unjoined = 2 * (text / 8 + vision) + 2 * by_layer / 8 + cache_bytes(config, 8, 512, sampling, 2) / 8
+    caches = cache_bytes(config, 8, 512, sampling, 2) + cache_bytes(
+        config, 8, 512, replace(sampling, num_generations=2), 2
+    )
+    unjoined = 2 * (text / 8 + vision) + 2 * by_layer / 8 + caches / 8
     assert count(Model(config, make_mesh(1, 8)), num_prompts=8) == pytest.approx(unjoined, rel=1e-3)
 
 

@@ -24,6 +24,7 @@ from oracle import Pair, assert_close, load, pair, pixel_values, pixels
 from test_filters import ALLOWED, FORBIDDEN, chi_square
 from tiny_models import IMAGE_ID, tiny_model, tiny_multimodal_config, tiny_text_config
 
+import gemma3.sample as sample_module
 from benchmarks import roofline
 from gemma3.files.published import CONFIGS
 from gemma3.filters import Sampling
@@ -31,7 +32,7 @@ from gemma3.lora import LoraConfig, Policy, init_lora
 from gemma3.mesh import DATA, TENSOR, Model, make_mesh, on_one_device
 from gemma3.model import completion_stats, pack_images
 from gemma3.params import param_shapes
-from gemma3.sample import Completions, PromptBatch, sample
+from gemma3.sample import Completions, PromptBatch, sample, smaller_sizes
 from grpo.plan.programs import topology_mesh
 from grpo.rollout import encode_on_mesh
 from grpo.run.memory import decoding_bytes
@@ -276,6 +277,41 @@ def test_the_loop_ends_with_the_longest_completion_and_samples_only_what_is_allo
     assert (ids[~mask] == 0).all() and (completions.logps[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("gather_once", [True, False])
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_completions_that_go_on_in_fewer_rows_are_the_same(monkeypatch, mesh, gather_once):
+    """24 completions move to smaller loops twice, into slots of two and of one."""
+    allowed = np.isin(np.arange(384), [*STOP_IDS, 20, 33, 150, 200, 310, 383])
+    expected = sampled(stopping_pair(), lora=adapter(), allowed=allowed, mesh=mesh, gather_once=gather_once)
+    tokens, moves, regroup = [], [], sample_module.regroup
+
+    def on_token(t, index, of_this_device):
+        tokens.append(of_this_device)
+        return np.True_
+
+    def watched(fixed, loop, slots, size):
+        jax.debug.callback(lambda t, done: moves.append((int(t), int((~done).sum()))), loop.t, loop.done)
+        return regroup(fixed, loop, slots, size)
+
+    monkeypatch.setattr(sample_module, "smaller_sizes", lambda q, g, limit: [(q // 2, 2), (q // 4, 1)])
+    monkeypatch.setattr(sample_module, "regroup", watched)
+    policy = {"lora": adapter(), "allowed": allowed, "mesh": mesh, "gather_once": gather_once, "on_token": on_token}
+    fewer = sampled(stopping_pair(), **policy)
+    assert_same(fewer, expected)
+    if mesh == (1, 1):
+        (first, going), (second, still_going) = moves
+        assert 0 < first < second < len(tokens) and 8 >= going > still_going > 0
+        np.testing.assert_array_equal(np.stack(tokens, axis=-1), expected.ids[..., : len(tokens)])
+
+
+def test_each_smaller_loop_has_a_quarter_of_the_rows():
+    """As long as that is at least eight, and only with a limit that is worth compiling them for."""
+    assert smaller_sizes(16, 8, 512) == [(16, 2), (8, 1)]
+    assert smaller_sizes(128, 1, 512) == [(32, 1), (8, 1)]
+    assert smaller_sizes(10, 5, 512) == [(6, 2)]
+    assert smaller_sizes(2, 8, 512) == smaller_sizes(16, 8, 64) == []
+
+
 def test_forbidden_ids_are_never_sampled():
     """None of up to 456 greedy and 456 free tokens is padding, bos or an image's; log-probs still count their share."""
     for completions in (greedy(), adapted()):
@@ -294,7 +330,7 @@ def test_a_row_of_padding_is_not_sampled():
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, which holds the TPU compiler, is not installed")
 def test_the_decode_loop_fits_a_tpu(monkeypatch):
-    """1b compiled by the TPU compiler for eight v5e chips, mesh 2,4: at most `decoding_bytes` a chip, 1.2 GiB of 16.
+    """1b compiled by the TPU compiler for eight v5e chips, mesh 2,4: at most `decoding_bytes` a chip, 1.4 GiB of 16.
 
     If weights are joined in the loop, only a few layers' are held at once; a chip's share of all layers is 0.32 GiB.
     """
@@ -321,7 +357,7 @@ def test_the_decode_loop_fits_a_tpu(monkeypatch):
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     bound = decoding_bytes(shapes, model, num_prompts, prompt_length, sampling)
-    assert bytes_a_chip(gather_once=True) <= bound < 1.2 * 2**30
+    assert bytes_a_chip(gather_once=True) <= bound < 1.4 * 2**30
     layers = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.text.blocks)) // 4
     assert bytes_a_chip(gather_once=False) <= bound - 0.8 * layers
 

@@ -1,6 +1,7 @@
 """The memory that sampling takes on a device, and whether weights joined once fit in it."""
 
 import math
+from dataclasses import replace
 
 import jax
 
@@ -9,6 +10,7 @@ from gemma3.config import Config
 from gemma3.filters import Sampling
 from gemma3.mesh import DATA, TENSOR, Model
 from gemma3.params import Params
+from gemma3.sample import smaller_sizes
 
 
 def cache_bytes(config: Config, num_prompts: int, prompt_length: int, sampling: Sampling, itemsize: int) -> int:
@@ -25,7 +27,8 @@ def cache_bytes(config: Config, num_prompts: int, prompt_length: int, sampling: 
 def decoding_bytes(params: Params, model: Model, num_prompts: int, prompt_length: int, sampling: Sampling) -> int:
     """Bytes that `sample` needs on each device: stored weights, a copy of the language model's by layer, and caches.
 
-    params: arrays or shapes; num_prompts: Q of the whole batch.
+    While rows move to a smaller loop, the caches of both are there. params: arrays or shapes; num_prompts: Q of the
+    whole batch.
     """
     data, tensor = model.mesh.shape[DATA], model.mesh.shape[TENSOR]
     specs = model.specs(params)
@@ -39,7 +42,11 @@ def decoding_bytes(params: Params, model: Model, num_prompts: int, prompt_length
     if data > 1:
         joined += bytes_of(params.text.embedding, specs.text.embedding, {TENSOR: tensor})
     itemsize = params.text.embedding.dtype.itemsize
-    caches = cache_bytes(model.config, -(-num_prompts // data), prompt_length, sampling, itemsize)
+    rows = (-(-num_prompts // data), sampling.num_generations)
+    caches = sum(
+        cache_bytes(model.config, q, prompt_length, replace(sampling, num_generations=g), itemsize)
+        for q, g in [rows, *smaller_sizes(*rows, sampling.max_completion_length)[:1]]
+    )
     return stored + joined + caches // min(tensor, model.config.num_kv_heads)
 
 
