@@ -22,8 +22,8 @@ from data import kind
 from gemma3.files.config_json import read_config
 from gemma3.files.export import export_adapter, export_model
 from gemma3.files.hub import resolve
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.mesh import Model, make_mesh
-from gemma3.tokenizer import Tokenizer
 from grpo.pages.report import write_pages
 from grpo.reader import Reader, rounded_up
 from grpo.run.cli import clean_errors, parse
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if typed.use:
         settings = resolve_use(typed, found.run, name, model.config)
     how = (settings.wording, settings.format, settings.pan_and_scan, settings.max_prompt_length)
-    reader = Reader(model, Tokenizer(directory, model.config), *how)
+    reader = Reader(model, load_tokenizer(directory, model.config), *how)
     (use if settings.use else measure)(settings, found, reader)
 
 

@@ -27,10 +27,10 @@ One word means one thing, here and in the other packages:
     correct          the answer is the right one             score            only MathVista's official verdicts
 """
 
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.image import load_image
 from gemma3.lora import Policy
 from gemma3.model import forward
-from gemma3.tokenizer import Tokenizer
 
-__all__ = ["Policy", "Tokenizer", "forward", "load_checkpoint", "load_image", "save_checkpoint"]
+__all__ = ["Policy", "forward", "load_checkpoint", "load_image", "load_tokenizer", "save_checkpoint"]

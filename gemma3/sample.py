@@ -151,9 +151,8 @@ def smaller_sizes(prompts: int, group: int, limit: int) -> list[tuple[int, int]]
     """
     sizes = []
     while prompts * group >= 32 and limit >= 128:
-        quarter = prompts * group // 4
-        group = -(-group // 4)
-        prompts = quarter // group
+        slot = -(-group // 4)
+        prompts, group = prompts * group // 4 // slot, slot
         sizes.append((prompts, group))
     return sizes
 
@@ -245,9 +244,7 @@ def _sample_shard(
 
     def sample_until(fixed: Fixed, loop: Loop, slots: int, size: int) -> Loop:
         """Sample until `slots` of `size` rows have room for what has not stopped, on every device."""
-
-        def turn(loop: Loop) -> Loop:
-            return asked(next_token(fixed, loop, config=config, sampling=sampling))
+        turn = lambda loop: asked(next_token(fixed, loop, config=config, sampling=sampling))  # noqa: E731
 
         def crowded(loop: Loop) -> jax.Array:
             more = (loop.t < limit) & (max_over_data(slots_needed(loop.done, size).sum()) > slots)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and Gemma's chat turns, with the `tokenizer.model` of a model directory.
+"""Text to token ids and back, and Gemma's chat turns.
 
 It rests on sentencepiece. Ids equal those of Hugging Face's Gemma tokenizer, chat template and processor, with one
 intended difference: text that spells a control token, such as `<end_of_turn>` in a question, stays text.
@@ -7,7 +7,6 @@ intended difference: text that spells a control token, such as `<end_of_turn>` i
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,63 +22,17 @@ _IMAGE = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 _INSIDE_CONTROL = re.compile(f"(?<=<)(?={'|'.join(name[1:] for name in _TURN + _IMAGE)})")
 
 
-def _load_pieces(path: Path) -> SentencePieceProcessor:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: a Gemma model directory holds its sentencepiece model in that file")
-    try:
-        pieces = SentencePieceProcessor(model_file=str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
-    for piece in _TURN:
-        if pieces.piece_to_id(piece) == pieces.unk_id():
-            raise ValueError(f"{path} has no piece {piece}: it is not the tokenizer of a Gemma 2 or Gemma 3 model")
-    return pieces
-
-
-def _check_ids(pieces: SentencePieceProcessor, config: Config, path: Path) -> None:
-    """ValueError if the config and the tokenizer give special tokens different ids: one belongs to another model."""
-    size = pieces.get_piece_size()
-    if size > config.vocab_size:
-        raise ValueError(f"{path} has {size} pieces, more than the config's vocab_size {config.vocab_size}")
-    names = {
-        "pad_id": "<pad>",
-        "bos_id": "<bos>",
-        "start_of_image_id": "<start_of_image>",
-        "image_token_id": "<image_soft_token>",
-        "end_of_image_id": "<end_of_image>",
-    }
-    for field, name in names.items():
-        token_id = getattr(config, field)
-        if token_id is None:
-            continue
-        if not 0 <= token_id < config.vocab_size:
-            raise ValueError(f"the config's {field} {token_id} is outside its vocab_size {config.vocab_size}")
-        # The published tokenizer.model ends before the image soft token, a row that only the checkpoint has.
-        if token_id >= size and field == "image_token_id":
-            continue
-        found = pieces.id_to_piece(token_id) if token_id < size else "nothing"
-        if found != name:
-            raise ValueError(f"the config's {field} {token_id} should be {name}, but {path} has {found!r} there")
-    ends = {pieces.eos_id(): "<eos>", pieces.piece_to_id("<end_of_turn>"): "<end_of_turn>"}
-    for token_id in config.stop_ids:
-        if token_id not in ends:
-            raise ValueError(f"the config's stop id {token_id} is neither <eos> nor <end_of_turn> ({ends}) in {path}")
-
-
 class Tokenizer:
-    """The tokenizer of one model directory, checked against its config; immutable, so safe to share between threads.
+    """The tokenizer of one model; immutable, so safe to share between threads.
 
     A conversation is a list of messages {"role": "system" | "user" | "assistant", "content": ...}. The content is a
     string, or a list of {"type": "text", "text": str} and {"type": "image"} items; other keys of an item are ignored.
     The system message is optional, comes first and is one text; then user and assistant take turns.
     """
 
-    def __init__(self, directory: Path | str, config: Config):
-        """Read `directory`/tokenizer.model; ValueError if it is missing or damaged, or does not fit `config`."""
-        path = Path(directory) / "tokenizer.model"
-        self._pieces = _load_pieces(path)
-        _check_ids(self._pieces, config, path)
-        self._config = config
+    def __init__(self, pieces: SentencePieceProcessor, config: Config):
+        """Both from one directory: `files.tokenizer_model.load_tokenizer` reads and checks them."""
+        self._pieces, self._config = pieces, config
         self._start_of_turn, self._end_of_turn = (self._pieces.piece_to_id(name) for name in _TURN)
         unk = self._pieces.unk_id()
         image_ids = {self._pieces.piece_to_id(name) for name in _IMAGE} | {config.image_token_id}

@@ -18,8 +18,6 @@ from grpo.run.processes import held_rows, of_all_rows, on_any_process, rows_on_h
 from grpo.trainer import Trainer
 from reward.report import completion_is_correct
 
-_HOST_ARRAYS = ("rewards", "correct", "lengths", "finished")
-
 
 class Groups(NamedTuple):
     """The completions of a step's prompts, rewarded. Every process knows all of it, except for arrays on the mesh."""
@@ -123,7 +121,8 @@ def choose_groups(batches: Sequence[Groups], chosen: Sequence[int]) -> Groups:
         return [joined[i] for i in chosen]
 
     prompts, completions = take_rows([(groups.prompts, groups.completions) for groups in batches], chosen)
-    arrays = {name: np.array(pick(getattr(groups, name) for groups in batches)) for name in _HOST_ARRAYS}
+    of_host = ("rewards", "correct", "lengths", "finished")
+    arrays = {name: np.array(pick(getattr(groups, name) for groups in batches)) for name in of_host}
     return batches[0]._replace(
         rows=pick(groups.rows for groups in batches),
         prompts=prompts,

@@ -28,6 +28,7 @@ from data.synthetic import draw_dots
 from gemma3.config import layer_pattern
 from gemma3.files.hub import resolve
 from gemma3.files.published import NANO
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.filters import Sampling
 from gemma3.image import load_image
 from gemma3.lora import Policy
@@ -59,7 +60,7 @@ DOTS = "How many red dots are there?"
 
 @cache
 def nano_tokenizer() -> Tokenizer:
-    return Tokenizer(resolve("nano"), NANO)
+    return load_tokenizer(resolve("nano"), NANO)
 
 
 def answerer_on(*shape: int) -> Answerer:

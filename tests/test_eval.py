@@ -23,10 +23,10 @@ from data.example import Example
 from data.synthetic import synthetic
 from gemma3.files.adapter import save_adapter
 from gemma3.files.published import NANO
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.files.weights import load_checkpoint
 from gemma3.lora import LoraConfig, Policy, init_lora
 from gemma3.mesh import Model, make_mesh
-from gemma3.tokenizer import Tokenizer
 from grpo.reader import Reader
 from grpo.run.setup import new_nano
 from grpo.use.evaluate import by_purpose, given_logps, trained_on, with_images
@@ -64,7 +64,7 @@ def adapter(nano):
 
 @pytest.fixture(scope="module")
 def reader(nano):
-    return Reader(Model(NANO, make_mesh(1, 1)), Tokenizer(nano, NANO), "bare", "answer", max_prompt_length=32)
+    return Reader(Model(NANO, make_mesh(1, 1)), load_tokenizer(nano, NANO), "bare", "answer", max_prompt_length=32)
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_a_question_is_answered_before_and_after_training(adapter, tmp_path, cap
 
 def test_a_model_without_a_vision_tower_is_shown_nothing(nano):
     config = dataclasses.replace(NANO, vision=None)
-    reader = Reader(Model(config, make_mesh(1, 1)), Tokenizer(nano, config), "bare", "answer")
+    reader = Reader(Model(config, make_mesh(1, 1)), load_tokenizer(nano, config), "bare", "answer")
     with pytest.raises(ValueError, match="the image cannot be shown: this model reads text only"):
         reader.views(png("red"))
 

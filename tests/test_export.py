@@ -29,12 +29,12 @@ import eval as evaluation
 from data.synthetic import synthetic
 from gemma3.files.adapter import save_adapter
 from gemma3.files.hub import NANO_DIRECTORY
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.filters import Sampling
 from gemma3.lora import Policy, merge
 from gemma3.mesh import Model, make_mesh
 from gemma3.model import forward
-from gemma3.tokenizer import Tokenizer
 from grpo.reader import Reader
 from grpo.run import checkpoint
 from grpo.run.cli import clean_errors
@@ -167,7 +167,7 @@ def adapted_nano(tmp_path_factory):
     save_adapter(folder / "adapter", config, lora, "nano")
     export(folder / "adapter", folder / "merged")
     model, sizes = Model(config, make_mesh(1, 1)), {"max_prompt_length": 128, "max_images": 1}
-    reader = Reader(model, Tokenizer(NANO_DIRECTORY, config), "bare", "answer", **sizes)
+    reader = Reader(model, load_tokenizer(NANO_DIRECTORY, config), "bare", "answer", **sizes)
     return params, lora, reader, folder / "merged"
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import assert_close, assert_same_samples, pixels
+from sentencepiece import SentencePieceProcessor
 from tiny import write_tokenizer
 
 from data.example import Example
@@ -54,7 +55,7 @@ class FewWords(Tokenizer):
 def tokenizer() -> FewWords:
     with tempfile.TemporaryDirectory() as directory:
         write_tokenizer(Path(directory))
-        return FewWords(directory, CONFIG)
+        return FewWords(SentencePieceProcessor(model_file=f"{directory}/tokenizer.model"), CONFIG)
 
 
 @pytest.fixture(autouse=True)

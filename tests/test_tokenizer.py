@@ -18,7 +18,7 @@ from tiny import NANO_SYMBOLS, NEWLINE_RUNS, SPACE_RUNS, write_tokenizer
 from transformers import AddedToken, Gemma3ImageProcessorPil, Gemma3Processor, GemmaTokenizer
 
 from gemma3.files.published import CONFIGS, NANO
-from gemma3.tokenizer import Tokenizer
+from gemma3.files.tokenizer_model import load_tokenizer
 
 PUBLISHED_SYMBOLS = (
     *("<mask>", "[multimodal]", "<unused0>", "<unused1>", "<start_of_turn>", "<end_of_turn>"),
@@ -110,7 +110,7 @@ def twins(request, tmp_path_factory):
     processor = hugging_face_twin(vocabulary, config.vision.tokens_per_image)
     assert processor.tokenizer.image_token_id == config.image_token_id
     return SimpleNamespace(
-        ours=Tokenizer(directory, config),
+        ours=load_tokenizer(directory, config),
         theirs=processor,
         config=config,
         directory=directory,
@@ -372,7 +372,7 @@ TEXT_ONLY = {"vision": None, "start_of_image_id": None, "image_token_id": None, 
 
 def test_a_text_model_takes_no_image(tmp_path):
     vocabulary = write_tokenizer(tmp_path)
-    tokenizer = Tokenizer(tmp_path, replace(NANO, model_type="gemma3_text", **TEXT_ONLY))
+    tokenizer = load_tokenizer(tmp_path, replace(NANO, model_type="gemma3_text", **TEXT_ONLY))
     assert not set(tokenizer.encode("".join(CONTROL))) & {vocabulary[name] for name in CONTROL}
     assert tokenizer.never_sampled[[vocabulary[name] for name in CONTROL[2:]]].all()
     assert tokenizer.decode(tokenizer.encode_chat(user("hi"), crops=[])) == "user\nhi\nmodel\n"
@@ -382,7 +382,7 @@ def test_a_text_model_takes_no_image(tmp_path):
 
 def test_gemma2_has_no_system_role(tmp_path):
     write_tokenizer(tmp_path, vocab_size=440, symbols=[*NANO_SYMBOLS[:2], *NEWLINE_RUNS])
-    tokenizer = Tokenizer(tmp_path, replace(NANO, model_type="gemma2", **TEXT_ONLY))
+    tokenizer = load_tokenizer(tmp_path, replace(NANO, model_type="gemma2", **TEXT_ONLY))
     rendered = "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
     assert tokenizer.render_chat(user(" hi\n")) == rendered
     with pytest.raises(ValueError, match="Gemma 2 has no system role"):
@@ -406,21 +406,21 @@ BAD_CONFIGS = {
 def test_a_config_of_another_tokenizer_is_refused(tmp_path, fields, sentence):
     write_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=sentence):
-        Tokenizer(tmp_path, replace(NANO, **fields))
+        load_tokenizer(tmp_path, replace(NANO, **fields))
 
 
 def test_missing_and_damaged_models_are_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
     with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
-        Tokenizer(tmp_path, NANO)
+        load_tokenizer(tmp_path, NANO)
     write_tokenizer(tmp_path)
     for data in (b"", b"junk" * 9, path.read_bytes()[:1000]):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"tokenizer\.model is not a sentencepiece model"):
-            Tokenizer(tmp_path, NANO)
+            load_tokenizer(tmp_path, NANO)
     write_tokenizer(tmp_path, vocab_size=440, symbols=NEWLINE_RUNS)
     with pytest.raises(ValueError, match=r"has no piece <start_of_turn>: it is not the tokenizer of a Gemma"):
-        Tokenizer(tmp_path, NANO)
+        load_tokenizer(tmp_path, NANO)
 
 
 @pytest.fixture(scope="module")
@@ -435,8 +435,8 @@ def published_ids(tmp_path_factory):
 
 def test_published_stop_ids_are_accepted(published_ids):
     """<end_of_turn> is 106 and "\\n" 107, the ids of the published text models and their configs."""
-    instructed = Tokenizer(published_ids, CONFIGS["gemma-3-1b-it"])
-    Tokenizer(published_ids, CONFIGS["gemma-3-1b-pt"])
+    instructed = load_tokenizer(published_ids, CONFIGS["gemma-3-1b-it"])
+    load_tokenizer(published_ids, CONFIGS["gemma-3-1b-pt"])
     ids = instructed.encode_chat(user("\n"), add_generation_prompt=False)
     assert ids == [2, 105, *instructed.encode("user"), 107, 106, 107]
     assert instructed.never_sampled.sum() == 3 + 262144 - 550

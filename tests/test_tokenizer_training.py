@@ -17,9 +17,9 @@ from data.prompt import demonstration, question_text
 from data.synthetic import synthetic
 from gemma3.files.hub import files_beside_weights
 from gemma3.files.published import NANO
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.files.tokenizer_training import CONTROL, train_tokenizer, write_hugging_face_files
 from gemma3.image import load_image
-from gemma3.tokenizer import Tokenizer
 from grpo.run.setup import SYNTHETIC_SIZE, new_nano
 
 TASK_TEXTS = [text for e in synthetic("train", 999, 3) for text in (question_text(e), demonstration(e))]
@@ -77,7 +77,7 @@ def test_ids_are_those_of_the_nano_config(directory, pieces):
     assert [pieces.id_to_piece(i) for i in range(13)] == names
     assert [i for i in range(pieces.get_piece_size()) if pieces.is_byte(i)] == list(range(13, 13 + 256))
     assert pieces.get_piece_size() == NANO.vocab_size
-    Tokenizer(directory, NANO)  # which raises where its config names other ids
+    load_tokenizer(directory, NANO)  # which raises where its config names other ids
 
 
 def test_training_is_deterministic(tmp_path):
@@ -92,7 +92,7 @@ def test_training_is_deterministic(tmp_path):
 def test_the_task_takes_few_tokens(tmp_path):
     """A demonstration and its end fit the default length of completions, 56; each digit is one token."""
     train_tokenizer(TASK_TEXTS, tmp_path, NANO.vocab_size)
-    tokenizer = Tokenizer(tmp_path, NANO)
+    tokenizer = load_tokenizer(tmp_path, NANO)
     for example in synthetic("test", 300, 4):
         assert len(tokenizer.encode(demonstration(example))) < 56
     assert len(tokenizer.encode("1234567890")) == 10
@@ -129,7 +129,7 @@ def test_auto_tokenizer_knows_the_special_tokens(directory):
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_conversations_equal_ours(directory, processor, messages, add_generation_prompt):
     """Template and ids, image blocks included."""
-    ours = Tokenizer(directory, NANO)
+    ours = load_tokenizer(directory, NANO)
     text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
     assert text == ours.render_chat(messages, add_generation_prompt=add_generation_prompt)
     images = [Image.new("RGB", (9, 7))] * text.count("<start_of_image>")

@@ -33,11 +33,11 @@ from data.synthetic import synthetic
 from gemma3.files.adapter import load_adapter
 from gemma3.files.config_json import read_config
 from gemma3.files.hub import NANO_DIRECTORY
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.files.weights import load_checkpoint
 from gemma3.lora import Lora, Policy
 from gemma3.mesh import Model, make_mesh
 from gemma3.model import forward
-from gemma3.tokenizer import Tokenizer
 from grpo.reader import Reader
 from grpo.run import checkpoint
 from grpo.run.cli import clean_errors
@@ -447,7 +447,7 @@ def test_its_directory_is_a_model_here_and_in_transformers(taught):
     config = read_config(taught / "model")
     text = "<reasoning>2 red, 3 blue.</reasoning>"
     tokenizer = AutoTokenizer.from_pretrained(taught / "model")
-    assert tokenizer.encode(text, add_special_tokens=False) == Tokenizer(taught / "model", config).encode(text)
+    assert tokenizer.encode(text, add_special_tokens=False) == load_tokenizer(taught / "model", config).encode(text)
 
 
 def test_all_weights_train_against_a_frozen_copy(taught, tmp_path, reward):
@@ -473,7 +473,7 @@ def test_all_weights_train_against_a_frozen_copy(taught, tmp_path, reward):
 def logits_of_both(directory: Path, lora: Lora | None, hf, example: Example) -> tuple[np.ndarray, np.ndarray]:
     """Our and transformers' logits of an example's prompt with its images."""
     config, params = load_checkpoint(directory)
-    prompt = Reader(Model(config, make_mesh(1, 1)), Tokenizer(directory, config), "bare", "answer")(example)
+    prompt = Reader(Model(config, make_mesh(1, 1)), load_tokenizer(directory, config), "bare", "answer")(example)
     ids, pixels = torch.tensor([prompt.ids]), torch.tensor(np.stack(prompt.images)).permute(0, 3, 1, 2)
     with torch.no_grad():
         theirs = hf(

@@ -17,12 +17,12 @@ from gemma3.files.adapter import load_adapter
 from gemma3.files.config_json import read_config
 from gemma3.files.hub import resolve
 from gemma3.files.published import NANO
+from gemma3.files.tokenizer_model import load_tokenizer
 from gemma3.files.tokenizer_training import train_tokenizer, write_hugging_face_files
 from gemma3.files.weights import load_checkpoint, save_checkpoint
 from gemma3.lora import init_lora
 from gemma3.mesh import Model, make_mesh
 from gemma3.params import Params, init_params
-from gemma3.tokenizer import Tokenizer
 from grpo.reader import Reader, rounded_up
 from grpo.run.devices import check_mesh, mesh_shape
 from grpo.run.processes import exchange, is_first
@@ -152,7 +152,7 @@ def prepare(settings: Settings) -> tuple[Trainer, Data, TrainState]:
     model = Model(read_config(directory), mesh)
     check_mesh(model)
     how = (settings.wording, settings.format, settings.pan_and_scan, settings.max_prompt_length)
-    reader = Reader(model, Tokenizer(directory, model.config), *how)
+    reader = Reader(model, load_tokenizer(directory, model.config), *how)
     reward = make_reward_function(settings.reward, settings.format, max_tokens=settings.max_completion_length)
     train, longest = reader.that_fit(train, "training data")
     train = with_short_completions(train, reader, settings)
