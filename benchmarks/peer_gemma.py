@@ -111,12 +111,13 @@ def sampling(job: Job) -> None:
         pad_length=job.prompt_length,
     )
     prompts = [common.words(ids[1:]) for ids in batch["prompt_ids"] for _ in range(job.group)]
+    how = gm.text.RandomSampling(temperature=job.temperature) if job.temperature else gm.text.Greedy()
 
     def call():
-        return np.asarray(sampler.sample(prompts, return_state=True).tokens)
+        return np.asarray(sampler.sample(prompts, sampling=how, rng=0, return_state=True).tokens)
 
     tokens, times = common.measure(job, call)
-    common.write_result(job, times, memory(job), tokens=tokens[:: job.group].tolist())
+    common.write_result(job, times, memory(job), tokens=tokens.tolist())
 
 
 if __name__ == "__main__":

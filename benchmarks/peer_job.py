@@ -43,6 +43,7 @@ class Job:
     repeats: int
     device: str  # "cpu" or "gpu"
     started: float = 0.0  # time.time() at which the parent started the worker
+    temperature: float = 1.0  # 0.0: greedy
     checkpointing: bool = False  # for TRL: whether it recomputes each layer in the backward pass
 
     @property

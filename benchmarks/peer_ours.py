@@ -161,11 +161,11 @@ def sampling(job: Job) -> None:
     ours, batch = Ours(job), common.load_batch(job)
 
     def call():
-        completions = ours.sample(ours.base, ours.prompts(batch), jax.random.key(0), temperature=0.0)
+        completions = ours.sample(ours.base, ours.prompts(batch), jax.random.key(0), job.temperature)
         return jax.block_until_ready(completions)
 
     completions, times = common.measure(job, call)
-    common.write_result(job, times, memory(job), tokens=completions.ids[:, 0].tolist())
+    common.write_result(job, times, memory(job), tokens=completions.ids.reshape(-1, job.length).tolist())
 
 
 def one_update(job: Job) -> None:

@@ -71,20 +71,23 @@ def sampling(job: Job) -> None:
     prompts = torch.from_numpy(batch["prompt_ids"]).long().to(model.device).repeat_interleave(job.group, dim=0)
     inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
     inputs |= image_inputs(job, batch, prompts)
+    how = {"do_sample": True, "temperature": job.temperature, "top_k": 0, "top_p": 1.0}  # nothing is filtered out
+    if not job.temperature:
+        how = {"do_sample": False}
 
     def call():
         with torch.no_grad():
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=job.length, pad_token_id=common.PAD)
+            ids = model.generate(**inputs, **how, max_new_tokens=job.length, pad_token_id=common.PAD)
         wait(job)
         return ids[:, prompts.shape[1] :]
 
     ids, times = common.measure(job, call)
-    common.write_result(job, times, memory(job), tokens=ids[:: job.group].tolist())
+    common.write_result(job, times, memory(job), tokens=ids.tolist())
 
 
-def bare_trainer(job: Job, model: PeftModel) -> GRPOTrainer:
-    """A GRPOTrainer with just the state that `_compute_loss` reads."""
-    trainer = object.__new__(GRPOTrainer)
+def bare_trainer(kind: type[GRPOTrainer], job: Job, model: PeftModel) -> GRPOTrainer:
+    """A GRPOTrainer, or what derives from it, with just the state that `_compute_loss` reads."""
+    trainer = object.__new__(kind)
     trainer.__dict__.update(
         accelerator=Accelerator(cpu=job.device == "cpu"),
         model=model,
@@ -96,6 +99,7 @@ def bare_trainer(job: Job, model: PeftModel) -> GRPOTrainer:
         importance_sampling_level="token",
         epsilon_low=common.EPSILON,
         epsilon_high=common.EPSILON,
+        num_generations=job.group,
         max_completion_length=job.length,
         current_gradient_accumulation_steps=1,
         use_vllm=False,
@@ -109,14 +113,9 @@ def bare_trainer(job: Job, model: PeftModel) -> GRPOTrainer:
     return trainer
 
 
-def one_update(job: Job) -> None:
-    """The loss, its gradient and torch's AdamW."""
-    batch, model = common.load_batch(job), load_model(job)
-    add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
-    if job.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = load_adapted(job, model)
-    trainer = bare_trainer(job, model)
+def take_updates(job: Job, trainer: GRPOTrainer) -> None:
+    """The trainer's loss, its gradient and torch's AdamW."""
+    batch, model = common.load_batch(job), trainer.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     betas = (0.9, common.ADAM_BETA2)
     optimizer = torch.optim.AdamW(parameters, lr=common.LEARNING_RATE, betas=betas, weight_decay=0.0)
@@ -150,6 +149,15 @@ def one_update(job: Job) -> None:
 
     seen, times = common.measure(job, call)
     common.write_result(job, times, memory(job), **seen)
+
+
+def one_update(job: Job) -> None:
+    """TRL's own log-probs."""
+    model = load_model(job)
+    add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
+    if job.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    take_updates(job, bare_trainer(GRPOTrainer, job, load_adapted(job, model)))
 
 
 CHAT = (

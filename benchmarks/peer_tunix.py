@@ -100,13 +100,15 @@ def sampling(job: Job) -> None:
     cache = CacheConfig(job.prompt_length + job.length, c.num_layers, c.num_kv_heads, c.head_dim)
     sampler = Sampler(model, Words(), cache)
     prompts = [common.words(ids) for ids in batch["prompt_ids"] for _ in range(job.group)]
+    # Only with a top_p it samples; at 1.0 it neither sorts nor filters.
+    how = {"temperature": job.temperature, "top_p": 1.0} if job.temperature else {}
 
     def call():
-        return sampler(prompts, job.length, max_prompt_length=job.prompt_length, eos_tokens=[NO_ID])
+        return sampler(prompts, job.length, max_prompt_length=job.prompt_length, eos_tokens=[NO_ID], **how)
 
     with mesh:
         output, times = common.measure(job, call)
-    tokens = [np.asarray(ids).tolist() for ids in output.tokens[:: job.group]]
+    tokens = [np.asarray(ids).tolist() for ids in output.tokens]
     common.write_result(job, times, memory(job), tokens=tokens)
 
 

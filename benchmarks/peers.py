@@ -1,4 +1,4 @@
-"""Side by side on one machine: this project, transformers' generate, TRL with PEFT, Tunix and gemma, on the same work.
+"""Side by side on one machine: this project, transformers' generate, TRL with PEFT, PrefixGrouper, Tunix and gemma.
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.peers --python tunix=PATH --python gemma=PATH        # everything
@@ -6,8 +6,10 @@
     python -m benchmarks.peers --quick                                        # toy sizes: does it run?
 
 Worker processes run one after another with the same random weights, prompts, lengths, precision (float32 on a CPU,
-bfloat16 on a GPU) and number of threads; nothing stops a completion early. Each table says whether the work was the
-same as ours: the share of equal greedily sampled tokens, or the loss and gradient norm of the first update.
+bfloat16 on a GPU) and number of threads; nothing stops a completion early. Sampling is at temperature 1 without top-k
+or top-p, as GRPO's; the greedy parts are there to compare tokens. Each table says whether the work was the same as
+ours: how many tokens were drawn and how many different ones, the share of equal greedy tokens, or the loss and
+gradient norm of the first update.
 """
 
 import argparse
@@ -46,6 +48,7 @@ SYSTEMS = {
     "transformers": System("peer_torch", ("torch", "transformers", "trl", "peft")),
     "trl": System("peer_torch", ("torch", "transformers", "trl", "peft")),
     "trl, checkpointing": System("peer_torch", ("torch", "transformers", "trl", "peft"), PIP, {"checkpointing": True}),
+    "prefix-grouper": System("peer_prefix", ("prefix-grouper", "torch", "transformers", "trl", "peft")),
     "tunix": System("peer_tunix", ("google-tunix", "jax", "flax"), "pip install google-tunix, in its own environment"),
     "gemma": System("peer_gemma", ("gemma", "safetensors", "jax", "flax"), "benchmarks/requirements.txt says how"),
 }
@@ -62,16 +65,26 @@ class Part(NamedTuple):
     length: int  # C
     time: dict[str, str] = {}  # noqa: RUF012
     memory: dict[str, str] = {}  # noqa: RUF012
+    greedy: bool = False
+    vocab_size: int | None = None  # None: that of --vocab-size
 
 
-TRAINERS = ("ours", "trl", "trl, checkpointing", "tunix")
+TEXT, IMAGE = (2, 256, 64), (1, 300, 128)  # Q, P, C
+SAMPLERS = ("ours", "transformers", "tunix", "gemma")
+TRAINERS = ("ours", "trl", "trl, checkpointing", "prefix-grouper", "tunix")
+PUBLISHED = 262144  # the vocabulary of every published Gemma 3
+UPDATE = {"trl": "≥ 4", "prefix-grouper": "≥ 1.5"}
 PARTS = {
-    "sampling-text": Part("sampling", False, ("ours", "transformers", "tunix", "gemma"), 2, 256, 64, {"tunix": "≥ 3"}),
-    "sampling-image": Part("sampling", True, ("ours", "transformers"), 1, 300, 128, {"transformers": "≥ 3"}),
-    "update-text": Part("update", False, TRAINERS, 2, 256, 64, {"tunix": "≥ 4"}, {"trl": "≥ 3"}),
-    "update-image": Part("update", True, TRAINERS[:3], 1, 300, 128, {"trl": "≥ 3"}),
-    "step-text": Part("step", False, ("ours", "trl", "tunix"), 2, 256, 64),
-    "step-image": Part("step", True, ("ours", "trl"), 1, 300, 128, {"trl": "≥ 3"}),
+    "sampling-text": Part("sampling", False, SAMPLERS, *TEXT, {"transformers": "≥ 4", "tunix": "≥ 3"}),
+    "sampling-image": Part("sampling", True, SAMPLERS[:2], *IMAGE),
+    "sampling-text-greedy": Part("sampling", False, SAMPLERS, *TEXT, greedy=True),
+    "sampling-image-greedy": Part("sampling", True, SAMPLERS[:2], *IMAGE, greedy=True),
+    "sampling-text-262k": Part("sampling", False, SAMPLERS, *TEXT, {"transformers": "≥ 4"}, vocab_size=PUBLISHED),
+    "update-text": Part("update", False, TRAINERS, *TEXT, UPDATE, {"trl": "≥ 3"}),
+    "update-image": Part("update", True, TRAINERS[:4], *IMAGE, UPDATE | {"trl": "≥ 5"}),
+    "update-text-262k": Part("update", False, TRAINERS, *TEXT, vocab_size=PUBLISHED),
+    "step-text": Part("step", False, ("ours", "trl", "tunix"), *TEXT, {"trl": "≥ 5"}),
+    "step-image": Part("step", True, ("ours", "trl"), *IMAGE, {"trl": "≥ 5"}),
     "group-cost": Part("update", False, ("ours", "ours, 2G"), 2, 1024, 64, {"ours, 2G": "≤ 1.5"}),
 }
 
@@ -80,14 +93,15 @@ def make_job(name: str, system: str, directory: Path, args: argparse.Namespace) 
     part = PARTS[name]
     group = args.group * (2 if system == "ours, 2G" else 1)
     prompt_length, length = (n // 8 if args.quick else n for n in (part.prompt_length, part.length))
-    model = directory / ("image" if part.images else "text")
+    vocab_size = 512 if args.quick else part.vocab_size or args.vocab_size
+    model = directory / f"{'image' if part.images else 'text'}-{vocab_size}"
     return Job(
         part=part.kind,
         model=str(model),
         adapter=f"{model}-adapter",
         batch=str(directory / f"{name}-{group}.npz"),
         result=str(directory / f"{name}-{system}.json"),
-        vocab_size=512 if args.quick else args.vocab_size,
+        vocab_size=vocab_size,
         images=part.images,
         quick=args.quick,
         prompts=args.prompts or part.prompts,
@@ -96,17 +110,23 @@ def make_job(name: str, system: str, directory: Path, args: argparse.Namespace) 
         length=length,
         repeats=args.repeats,
         device=args.device,
+        temperature=0.0 if part.greedy else 1.0,
         **SYSTEMS[system].changes,
     )
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    """The environment of all workers: the same number of threads, set in two ways, and no access to the hub."""
+    """The environment of all workers: the same number of threads, set in two ways, and no access to the hub.
+
+    glibc's malloc by default gives each large tensor fresh pages and takes them back, which slows torch; not here.
+    """
     threads = str(args.threads)
     return os.environ | {
         "JAX_PLATFORMS": "cpu" if args.device == "cpu" else "cuda",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        "MALLOC_MMAP_THRESHOLD_": str(16 * 2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -158,14 +178,17 @@ def measure(name: str, system: str, directory: Path, args: argparse.Namespace) -
     return {"error": error} if error else json.loads(Path(job.result).read_text()) | {"versions": found}
 
 
-def same_work(kind: str, result: dict[str, Any], ours: dict[str, Any]) -> str:
-    """In a few words, whether a system did what ours did."""
-    if kind == "sampling":
-        rows = zip(result["tokens"], ours["tokens"], strict=True)
-        pairs = [pair for one, other in rows for pair in zip(one, other, strict=True)]
-        return f"{sum(a == b for a, b in pairs) / len(pairs):.1%} of tokens"
-    if kind == "step":
-        return f"{result['drawn']} tokens" + ("" if result.get("same_prompts", True) else ", OTHER PROMPTS")
+def same_work(part: Part, tokens: int, result: dict[str, Any], ours: dict[str, Any]) -> str:
+    """In a few words, whether a system did what ours did; `tokens` is how many were to be drawn."""
+    if part.kind == "step":
+        other = "" if result.get("same_prompts", True) else ", OTHER PROMPTS"
+        return f"{result['drawn']} of {tokens} tokens{other}"
+    if part.kind == "sampling":
+        drawn = [token for row in result["tokens"] for token in row]
+        if not part.greedy:
+            return f"{len(drawn)} of {tokens} tokens, {len(set(drawn))} different"
+        equal = [a == b for a, b in zip(drawn, (token for row in ours["tokens"] for token in row), strict=True)]
+        return f"{sum(equal) / len(equal):.1%} of tokens"
     text = f"loss {result['loss']:+.5f}"
     if result is ours:
         return f"{text}, norm {result['grad_norm']:.5f}"
@@ -183,7 +206,7 @@ def figures(part: Part, tokens: int, system: str, result: dict[str, Any], ours: 
     if "error" not in ours:
         slower = f"{middle / statistics.median(ours['seconds']):.2f}"
         larger = f"{peak / ours['peak_bytes']:.2f}"
-        same = "" if system == "ours, 2G" else same_work(part.kind, result, ours)
+        same = "" if system == "ours, 2G" else same_work(part, tokens, result, ours)
     return [
         f"{result['from_start']:.1f}",
         f"{result['first']:.2f}",
@@ -204,6 +227,7 @@ def show(name: str, results: dict[str, Any], args: argparse.Namespace, console: 
     part = PARTS[name]
     job = make_job(name, "ours", Path(), args)
     shape = f"Q={job.prompts} G={job.group} P={job.prompt_length}{' with an image' * job.images} C={job.length}"
+    shape += f" V={job.vocab_size}"
     table = Table(title=f"{name}: {shape}, {args.device}, {job.dtype}, {args.threads} threads", title_justify="left")
     columns = ["system", "start to first, s", "first call, s", "later, s", "min - max", "tokens/s", "x ours", "wanted"]
     for column in [*columns, "peak, GB", "x ours", "wanted", "the same work?"]:
@@ -220,8 +244,9 @@ def show(name: str, results: dict[str, Any], args: argparse.Namespace, console: 
 def interpreter(text: str) -> tuple[str, str]:
     """NAME=PATH of --python."""
     name, _, path = text.partition("=")
-    if name not in ("ours", "torch", "tunix", "gemma") or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ours=PATH, torch=PATH, tunix=PATH or gemma=PATH")
+    workers = ("ours", "torch", "prefix", "tunix", "gemma")
+    if name not in workers or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH with a NAME of {', '.join(workers)}")
     return name, os.path.abspath(path)
 
 
@@ -233,7 +258,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--prompts", type=int, help="Q; each part's own if not given")
     parser.add_argument("--group", type=int, default=8, help="G")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="262144 is the published 270m's")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="of the parts whose name ends without one")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     python = "the interpreter of a system with an environment of its own; may be given again"
     parser.add_argument("--python", type=interpreter, action="append", default=[], metavar="NAME=PATH", help=python)
