@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 from trl import GRPOTrainer
-from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from benchmarks import peer_job as common
 from benchmarks.peer_torch import bare_trainer, load_adapted, load_model, take_updates
@@ -45,7 +45,10 @@ class GroupedTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, pixel_values=None, token_type_ids=None, **unused
     ):
-        """Log-probs and entropies, float[Q * G, C], and no auxiliary loss."""
+        """Log-probs and entropies, float[Q * G, C], and no auxiliary loss.
+
+        The logits are kept for the backward pass: TRL's fused head, which computes them twice, is slower here.
+        """
         group, length = self.num_generations, logits_to_keep
         one_each = input_ids[::group]  # each prompt with its first completion
         prompts, completions = one_each[:, :-length], input_ids[:, -length:]
@@ -75,13 +78,8 @@ class GroupedTrainer(GRPOTrainer):
         ).last_hidden_state
         # float[Q * G, C, D]: the prompt's last token predicts the first token of every completion
         hidden = grouper.split_output(hidden, include_prefix_last=1)[2][:, :-1]
-        weight = base.get_output_embeddings().weight
-        targets = completions.reshape(-1)
-        chunk = 32768  # words at a time, TRL's own number
-        logps, entropies, *_ = ChunkedLogProbFunction.apply(
-            hidden.flatten(0, 1), weight, None, targets, 1.0, chunk, None, 1.0, ("entropy",)
-        )
-        return logps.view_as(completions), entropies.view_as(completions), None
+        logits = base.get_output_embeddings()(hidden)
+        return selective_log_softmax(logits, completions), entropy_from_logits(logits.detach()), None
 
 
 def main() -> None:
