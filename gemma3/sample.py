@@ -73,7 +73,7 @@ class Loop(NamedTuple):
 
     t: jax.Array  # int32[]: how many tokens have been sampled
     done: jax.Array  # bool[Q, G]
-    place: jax.Array  # int32[Q, G]: which row of `ids` is this completion's; N where a slot has one too few
+    place: jax.Array  # int32[Q, G]: which row of `ids` is this completion's; N where a slot is not full
     ids: jax.Array  # int32[N, C], of all completions, those that have left the loop as well
     logps: jax.Array  # float32[N, C]
     caches: list[KeyValues]  # per layer [Q · K · G, S, H]
@@ -169,7 +169,7 @@ def regroup(fixed: Fixed, loop: Loop, slots: int, size: int) -> tuple[Fixed, Loo
     """
     (q, g), going, needed = loop.done.shape, ~loop.done, slots_needed(loop.done, size)
     target = (jnp.cumsum(needed) - needed)[:, None] * size + jnp.cumsum(going, axis=1) - 1
-    target = jnp.where(going, target, slots * size)  # outside, so dropped
+    target = jnp.where(going, target, slots * size)  # outside: dropped, like what the limit cut short
 
     def moved(x: jax.Array, otherwise: int) -> jax.Array:
         return jnp.full(slots * size, otherwise, x.dtype).at[target].set(x, mode="drop").reshape(slots, size)
