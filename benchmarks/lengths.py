@@ -1,4 +1,4 @@
-"""What it saves that completions which go on move to fewer rows: one token loop against several, in one process.
+"""What it saves that completions which go on move to fewer rows: one token loop against several, in turns.
 
     python -m benchmarks.lengths                     # a few minutes on a CPU
     python -m benchmarks.lengths --limit 512         # the longer, the more there is to save
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 from unittest import mock
 
 import jax
@@ -39,10 +40,17 @@ from grpo.rollout import put_prompts
 Q, G = 16, 8
 PROMPT_LENGTH, VOCAB_SIZE = 64, 8192
 
-Call = Callable[[int], Completions]  # the number of the call, which keys its randomness, to its completions
+
+class Work(NamedTuple):
+    """What is sampled."""
+
+    config: Config
+    policy: Policy
+    prompts: PromptBatch
+    allowed: np.ndarray  # bool[V]
 
 
-def even(layers: int, limit: int, mean: int | None) -> Call:
+def even(layers: int, mean: int | None) -> Work:
     """A model to which all ids are about equally likely; None: no completion ends before the limit."""
     config = CONFIGS["gemma-3-270m"]
     config = replace(config, vocab_size=VOCAB_SIZE, num_layers=layers, layer_types=config.layer_types[:layers])
@@ -51,65 +59,60 @@ def even(layers: int, limit: int, mean: int | None) -> Call:
     ends = range(1, 1 + round(VOCAB_SIZE / mean)) if mean else [-1]
     ids = np.random.default_rng(0).integers(1, VOCAB_SIZE, (Q, PROMPT_LENGTH))
     prompts = PromptBatch(jnp.asarray(ids, jnp.int32), None, jnp.arange(Q, dtype=jnp.int32))
-    return caller(replace(config, stop_ids=tuple(ends)), Policy(params), prompts, np.arange(VOCAB_SIZE) > 0, limit)
+    return Work(replace(config, stop_ids=tuple(ends)), Policy(params), prompts, np.arange(VOCAB_SIZE) > 0)
 
 
-def nano(limit: int) -> Call:
+def nano() -> Work:
     directory = resolve("nano")
     config, params = load_checkpoint(directory)
     examples = synthetic("train", Q, seed=0)
     reader = Reader(Model(config, make_mesh(1, 1)), load_tokenizer(directory, config), "bare", "answer", False, 32, 1)
     prompts = put_prompts(Policy(params), [Row(i, e, reader(e)) for i, e in enumerate(examples)], reader)
-    return caller(config, Policy(params), prompts, ~reader.tokenizer.never_sampled, limit)
+    return Work(config, Policy(params), prompts, ~reader.tokenizer.never_sampled)
 
 
-def caller(config: Config, policy: Policy, prompts: PromptBatch, allowed: np.ndarray, limit: int) -> Call:
+def compiled(work: Work, limit: int, sizes: Callable) -> Callable[[int], Completions]:
+    """The sampler with the loops that `sizes` chooses, as a function of the number that keys its randomness."""
+    allowed = jnp.asarray(work.allowed)
     how = {
-        "model": Model(config, make_mesh(1, 1)),
+        "model": Model(work.config, make_mesh(1, 1)),
         "sampling": Sampling(num_generations=G, max_completion_length=limit),
     }
-
-    def call(number: int) -> Completions:
-        return jax.block_until_ready(sample(policy, prompts, jax.random.key(number), jnp.asarray(allowed), **how))
-
-    return call
-
-
-def seconds(call: Call, repeats: int, sizes: Callable) -> tuple[list[float], list[Completions]]:
-    """The times of the calls after the first, which compiles, and what they sampled; `sizes` chooses the loops."""
-    jax.clear_caches()
-    times, found = [], []
     with mock.patch("gemma3.sample.smaller_sizes", sizes):
-        for number in range(1 + repeats):
-            started = time.perf_counter()
-            found.append(call(number))
-            times.append(time.perf_counter() - started)
-    return times[1:], found[1:]
+        jax.clear_caches()  # what was traced with other sizes
+        program = sample.lower(work.policy, work.prompts, jax.random.key(0), allowed, **how).compile()
+    return lambda number: program(work.policy, work.prompts, jax.random.key(number), allowed)
+
+
+def timed(program: Callable[[int], Completions], number: int) -> tuple[float, Completions]:
+    started = time.perf_counter()
+    completions = jax.block_until_ready(program(number))
+    return time.perf_counter() - started, completions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=128, help="C")
     parser.add_argument("--layers", type=int, default=6, help="of the 270m shape")
-    parser.add_argument("--repeats", type=int, default=3, help="calls after the first, of which the median is taken")
+    parser.add_argument("--repeats", type=int, default=3, help="calls of each, in turns, of which the median is taken")
     args = parser.parse_args()
     table = Table(title=f"Q={Q} G={G} C={args.limit}, loops of {[(Q, G), *smaller_sizes(Q, G, args.limit)]}")
     for column in ("lengths", "mean", "longest", "one loop, s", "several, s", "faster", "same completions"):
         table.add_column(column, justify="left" if column == "lengths" else "right")
-    calls = {
-        f"geometric, mean {args.limit // 4}": even(args.layers, args.limit, args.limit // 4),
-        "all at the limit": even(args.layers, args.limit, None),
-        "nano's": nano(args.limit),
+    works = {
+        f"geometric, mean {args.limit // 4}": even(args.layers, args.limit // 4),
+        "all at the limit": even(args.layers, None),
+        "nano's": nano(),
     }
-    for name, call in calls.items():
-        one, expected = seconds(call, args.repeats, lambda *sizes: [])
-        several, found = seconds(call, args.repeats, smaller_sizes)
-        equal = np.mean([(a.ids == b.ids).all(axis=-1) for a, b in zip(expected, found, strict=True)])
-        lengths = np.concatenate([x.mask.sum(axis=-1).reshape(-1) for x in found])
-        one, several = statistics.median(one), statistics.median(several)
+    for name, work in works.items():
+        programs = [compiled(work, args.limit, sizes) for sizes in (lambda *_: [], smaller_sizes)]
+        calls = [[timed(program, number) for program in programs] for number in range(1 + args.repeats)][1:]
+        one, several = (statistics.median(call[i][0] for call in calls) for i in (0, 1))
+        same = np.mean([(first.ids == second.ids).all(axis=-1) for (_, first), (_, second) in calls])
+        lengths = np.stack([first.mask.sum(axis=-1) for (_, first), _ in calls])
         numbers = (f"{lengths.mean():.0f}", f"{lengths.max()}", f"{one:.2f}", f"{several:.2f}", f"{one / several:.2f}x")
-        table.add_row(name, *numbers, f"{equal:.1%}")
-    Console().print(table)
+        table.add_row(name, *numbers, f"{same:.1%}")
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
