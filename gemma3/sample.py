@@ -1,11 +1,10 @@
 """Sampling completions: each prompt is read once, then one compiled loop extends its whole group, token by token.
 
-Everything runs in one `shard_map`. When three quarters of the completions have stopped, the rest go on in a loop with a
-quarter of the rows, and sampling ends with the longest completion. It runs the same model code as training, so the
-log-probs agree.
+Everything runs in one `shard_map`. Once the completions that go on fit in a quarter of the rows, they move to a smaller
+loop, and the longest of them ends the last. Sampling runs the model code of training, so the log-probs agree.
 
-Randomness is keyed by (key, the prompt's index, completion, t) and by nothing else: a completion does not depend on the
-rest of its batch, the mesh or the number of processes.
+Randomness is keyed by (key, the prompt's index, completion, t) and by nothing else: but for rounding, a completion does
+not depend on the rest of its batch, the mesh or the number of processes.
 """
 
 import math
@@ -52,8 +51,8 @@ class Completions(NamedTuple):
 
 
 def completions_of(ids: jax.Array, logps: jax.Array, config: Config) -> Completions:
-    """The ids say what is in a completion, since none that is sampled is the pad id, and whether it has ended."""
-    return Completions(ids, ids != config.pad_id, logps, jnp.isin(ids, jnp.array(config.stop_ids)).any(axis=-1))
+    """What the ids alone tell: the pad id is never sampled, so all others are in a completion; a stop id ends it."""
+    return Completions(ids, ids != config.pad_id, logps, jnp.isin(ids, np.array(config.stop_ids)).any(axis=-1))
 
 
 class Fixed(NamedTuple):
@@ -69,13 +68,13 @@ class Fixed(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """What each turn of a token loop changes."""
+    """What each turn of a token loop changes. In a smaller loop Q and G are its bundles and the rows of each."""
 
     t: jax.Array  # int32[]: how many tokens have been sampled
     done: jax.Array  # bool[Q, G]
-    place: jax.Array  # int32[Q, G]: which row of `ids` is this completion's; N where a slot is not full
-    ids: jax.Array  # int32[N, C], of all completions, those that have left the loop as well
-    logps: jax.Array  # float32[N, C]
+    place: jax.Array  # int32[Q, G]: which row of `ids` is this completion's; B, none, where a bundle is not full
+    ids: jax.Array  # int32[B, C], of all completions, those that have left the loop as well
+    logps: jax.Array  # float32[B, C]
     caches: list[KeyValues]  # per layer [Q · K · G, S, H]
     stopped: jax.Array | None = None  # bool[], whether the caller wants no more; None if it does not listen
 
@@ -144,46 +143,47 @@ def next_token(fixed: Fixed, loop: Loop, *, config: Config, sampling: Sampling) 
 
 
 def smaller_sizes(prompts: int, group: int, limit: int) -> list[tuple[int, int]]:
-    """The sizes, slots x rows, of the loops after that of Q x G: a quarter of the last one's rows each, but at least 8.
+    """The sizes of the loops after that of Q x G rows: bundles x rows in each, about a quarter of the last, at least 8.
 
     Fewer rows would take as long, since a step reads all weights. Each loop is compiled, which takes as long as many
     steps: with a limit of less than 128 tokens there are no further loops.
     """
     sizes = []
     while prompts * group >= 32 and limit >= 128:
-        slot = -(-group // 4)
-        prompts, group = prompts * group // 4 // slot, slot
+        bundle = -(-group // 4)
+        prompts, group = -(-prompts * group // (4 * bundle)), bundle
         sizes.append((prompts, group))
     return sizes
 
 
-def slots_needed(done: jax.Array, size: int) -> jax.Array:
-    """int32[Q]: how many slots of `size` rows the completions of each prompt need that have not stopped."""
+def bundles_needed(done: jax.Array, size: int) -> jax.Array:
+    """int32[Q]: how many bundles of `size` rows the completions of each prompt need that have not stopped."""
     return -(-(~done).sum(axis=1) // size)
 
 
-def regroup(fixed: Fixed, loop: Loop, slots: int, size: int) -> tuple[Fixed, Loop]:
-    """Move the completions that have not stopped from Q x G rows to `slots` x `size`.
+def to_fewer_rows(fixed: Fixed, loop: Loop, bundles: int, size: int) -> tuple[Fixed, Loop]:
+    """Move the completions that have not stopped from Q x G rows to `bundles` x `size`.
 
-    The rows of a slot share a prompt, whose keys are still read once for all of them; a prompt may need several slots.
+    A bundle's rows share a prompt, whose keys are still read once for all of them; a prompt may need several bundles.
     """
-    (q, g), going, needed = loop.done.shape, ~loop.done, slots_needed(loop.done, size)
+    (q, g), going, needed = loop.done.shape, ~loop.done, bundles_needed(loop.done, size)
     target = (jnp.cumsum(needed) - needed)[:, None] * size + jnp.cumsum(going, axis=1) - 1
-    target = jnp.where(going, target, slots * size)  # outside: dropped, like what the limit cut short
+    target = jnp.where(going, target, bundles * size)  # outside: dropped, like what is cut short and finds no room
 
     def moved(x: jax.Array, otherwise: int) -> jax.Array:
-        return jnp.full(slots * size, otherwise, x.dtype).at[target].set(x, mode="drop").reshape(slots, size)
+        return jnp.full(bundles * size, otherwise, x.dtype).at[target].set(x, mode="drop").reshape(bundles, size)
 
+    # Where a bundle is not full, any completion will do.
     prompt, completion = jnp.divmod(moved(jnp.arange(q * g).reshape(q, g), 0), g)
 
-    def rows(cache: jax.Array) -> jax.Array:
-        by_row = cache.reshape(q, -1, g, *cache.shape[1:])[prompt, :, completion]  # [slots, size, K, S, H]
+    def moved_cache(cache: jax.Array) -> jax.Array:
+        by_row = cache.reshape(q, -1, g, *cache.shape[1:])[prompt, :, completion]  # [bundles, size, K, S, H]
         return by_row.swapaxes(1, 2).reshape(-1, *cache.shape[1:])
 
     prompts, lengths = jax.tree.map(lambda x: x[prompt[:, 0]], (fixed.prompts, fixed.prompt_lengths))
     keys, place = fixed.completion_keys[prompt, completion], moved(loop.place, len(loop.ids))
     fixed = fixed._replace(prompts=prompts, prompt_lengths=lengths, completion_keys=keys)
-    return fixed, loop._replace(done=moved(loop.done, True), place=place, caches=jax.tree.map(rows, loop.caches))
+    return fixed, loop._replace(done=moved(loop.done, True), place=place, caches=jax.tree.map(moved_cache, loop.caches))
 
 
 def _layers(policy: Policy, config: Config, gather_once: bool) -> list[Callable[[jax.Array], Layer]]:
@@ -242,21 +242,21 @@ def _sample_shard(
     def asked(loop: Loop) -> Loop:
         return loop if on_token is None else ask_host(loop, prompts.index, on_token)
 
-    def sample_until(fixed: Fixed, loop: Loop, slots: int, size: int) -> Loop:
-        """Sample until `slots` of `size` rows have room for what has not stopped, on every device."""
+    def sample_until(fixed: Fixed, loop: Loop, bundles: int, size: int) -> Loop:
+        """Sample until `bundles` of `size` rows have room for what has not stopped, on every device."""
         turn = lambda loop: asked(next_token(fixed, loop, config=config, sampling=sampling))  # noqa: E731
 
         def crowded(loop: Loop) -> jax.Array:
-            more = (loop.t < limit) & (max_over_data(slots_needed(loop.done, size).sum()) > slots)
+            more = (loop.t < limit) & (max_over_data(bundles_needed(loop.done, size).sum()) > bundles)
             return more if loop.stopped is None else more & ~loop.stopped
 
         return jax.lax.while_loop(crowded, turn, loop)
 
     first = jnp.broadcast_to(prefix.last_hidden[:, None], (*rows, prefix.hidden.shape[-1]))  # [Q / data, G, D]
     loop = asked(sample_token(fixed, loop, first, config=config, sampling=sampling))
-    for slots, size in smaller_sizes(*rows, limit):
-        fixed, loop = regroup(fixed, sample_until(fixed, loop, slots, size), slots, size)
-    end = sample_until(fixed, loop, 0, 1)
+    for bundles, size in smaller_sizes(*rows, limit):
+        fixed, loop = to_fewer_rows(fixed, sample_until(fixed, loop, bundles, size), bundles, size)
+    end = sample_until(fixed, loop, 0, 1)  # with no room at all: until every completion has stopped
     return completions_of(end.ids.reshape(*rows, limit), end.logps.reshape(*rows, limit), config)
 
 

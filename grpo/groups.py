@@ -79,7 +79,7 @@ def reward_groups(
     """
     reader, held = trainer.reader, held_rows(len(rows), trainer.reader.model.mesh)
     own = Completions(*(rows_on_host(array)[held] for array in completions))
-    if on_any_process(not np.isfinite(own.logps[own.mask]).all()):
+    if on_any_process(not np.isfinite(own.logps).all()):
         raise FloatingPointError("the model's log-probs are not finite")
     sampled = time.perf_counter()
     lengths, texts = own.mask.sum(axis=-1), reader.texts(own.ids, own.mask)

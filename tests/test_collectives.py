@@ -171,8 +171,8 @@ def test_a_decode_step_sums_two_hidden_states_a_layer_and_five_numbers_a_row(gat
     """The embedding is looked up in parts: one sum. Attention and MLP: one sum each per layer. Then five numbers a row:
     three for the choice (the highest logit, the chosen one, its id), two for the log-prob (the highest logit, the sum
     of exp). The choice asks for its highest logit twice; the compiler keeps one. The masses of the vocabulary's blocks
-    are joined. Whether to go on is one sum over `data`. Weights are gathered in the step only if they were not gathered
-    before the loop.
+    are joined. Whether to go on is one maximum over `data`. Weights are gathered in the step only if they were not
+    gathered before the loop.
     """
     outside, prompt_layer, unfinished, step = loops(lowered_sample(gather_once))
     weights = gathers((BLOCKS, adapter()))

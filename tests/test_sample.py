@@ -3,6 +3,7 @@
 One tiny model with images serves most tests: 8 query heads on 2 key/value heads, a window of 8, two stop ids.
 """
 
+import itertools
 import os
 import pickle
 import socket
@@ -277,26 +278,33 @@ def test_the_loop_ends_with_the_longest_completion_and_samples_only_what_is_allo
     assert (ids[~mask] == 0).all() and (completions.logps[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("gather_once", [True, False])
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
-def test_completions_that_go_on_in_fewer_rows_are_the_same(monkeypatch, mesh, gather_once):
-    """24 completions move to smaller loops twice, into slots of two and of one."""
-    allowed = np.isin(np.arange(384), [*STOP_IDS, 20, 33, 150, 200, 310, 383])
-    expected = sampled(stopping_pair(), lora=adapter(), allowed=allowed, mesh=mesh, gather_once=gather_once)
-    tokens, moves, regroup = [], [], sample_module.regroup
+FEW_IDS = np.isin(np.arange(384), [*STOP_IDS, 20, 33, 150, 200, 310, 383])  # every row stops early
+
+
+def in_smaller_loops(monkeypatch, *, go_on=lambda t: np.True_, **how) -> tuple[Completions, list, list]:
+    """What is sampled with two further loops, and each one's (t, rows that go on); and the tokens that were heard."""
+    moves, tokens, move = [], [], sample_module.to_fewer_rows
 
     def on_token(t, index, of_this_device):
         tokens.append(of_this_device)
-        return np.True_
+        return go_on(t)
 
-    def watched(fixed, loop, slots, size):
+    def watched(fixed, loop, *size):
         jax.debug.callback(lambda t, done: moves.append((int(t), int((~done).sum()))), loop.t, loop.done)
-        return regroup(fixed, loop, slots, size)
+        return move(fixed, loop, *size)
 
-    monkeypatch.setattr(sample_module, "smaller_sizes", lambda q, g, limit: [(q // 2, 2), (q // 4, 1)])
-    monkeypatch.setattr(sample_module, "regroup", watched)
-    policy = {"lora": adapter(), "allowed": allowed, "mesh": mesh, "gather_once": gather_once, "on_token": on_token}
-    fewer = sampled(stopping_pair(), **policy)
+    monkeypatch.setattr(sample_module, "smaller_sizes", lambda q, g, limit: [(q // 2, 2), (-(-q // 4), 1)])
+    monkeypatch.setattr(sample_module, "to_fewer_rows", watched)
+    return sampled(stopping_pair(), lora=adapter(), on_token=on_token, **how), moves, tokens
+
+
+@pytest.mark.parametrize("gather_once", [True, False])
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_completions_that_go_on_in_fewer_rows_are_the_same(monkeypatch, mesh, gather_once):
+    """24 completions move to smaller loops twice, into bundles of two and of one."""
+    how = {"allowed": FEW_IDS, "mesh": mesh, "gather_once": gather_once}
+    expected = sampled(stopping_pair(), lora=adapter(), **how)
+    fewer, moves, tokens = in_smaller_loops(monkeypatch, **how)
     assert_same(fewer, expected)
     if mesh == (1, 1):
         (first, going), (second, still_going) = moves
@@ -304,12 +312,36 @@ def test_completions_that_go_on_in_fewer_rows_are_the_same(monkeypatch, mesh, ga
         np.testing.assert_array_equal(np.stack(tokens, axis=-1), expected.ids[..., : len(tokens)])
 
 
+def test_smaller_loops_have_no_room_for_what_the_limit_or_the_listener_cuts_short(monkeypatch):
+    """Most rows run to the limit of 19 tokens, or are stopped after three."""
+    fewer, moves, _ = in_smaller_loops(monkeypatch)
+    assert_same(fewer, adapted())
+    assert moves[0][0] == LENGTH and moves[0][1] > 8
+    stopped, moves, tokens = in_smaller_loops(monkeypatch, go_on=lambda t: np.bool_(t < 2))
+    np.testing.assert_array_equal(stopped.ids[..., :3], adapted().ids[..., :3])
+    assert len(tokens) == 3 and not stopped.ids[..., 3:].any() and moves[0][1] > 8
+
+
+@pytest.mark.parametrize(("mesh", "empty"), [((2, 1), [2]), ((4, 1), [6, 7])])
+def test_an_empty_prompt_takes_no_room_in_a_smaller_loop(monkeypatch, mesh, empty):
+    """Neither one of a device's four prompts nor both of its two."""
+    ids, images = PROMPTS
+    given = np.where(np.isin(np.arange(8), empty)[:, None], 0, ids), images
+    fewer, *_ = in_smaller_loops(monkeypatch, prompts=given, allowed=FEW_IDS, mesh=mesh)
+    assert_same(fewer, sampled(stopping_pair(), given, lora=adapter(), allowed=FEW_IDS))
+
+
 def test_each_smaller_loop_has_a_quarter_of_the_rows():
     """As long as that is at least eight, and only with a limit that is worth compiling them for."""
     assert smaller_sizes(16, 8, 512) == [(16, 2), (8, 1)]
     assert smaller_sizes(128, 1, 512) == [(32, 1), (8, 1)]
-    assert smaller_sizes(10, 5, 512) == [(6, 2)]
+    assert smaller_sizes(10, 5, 512) == [(7, 2)]
+    assert smaller_sizes(1, 50, 512) == [(1, 13)]
     assert smaller_sizes(2, 8, 512) == smaller_sizes(16, 8, 64) == []
+    for prompts in range(1, 33):
+        for group in range(1, 65):
+            sizes = [prompts * group, *(q * g for q, g in smaller_sizes(prompts, group, 512))]
+            assert all(8 <= small < large for large, small in itertools.pairwise(sizes)), (prompts, group)
 
 
 def test_forbidden_ids_are_never_sampled():
